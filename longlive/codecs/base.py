@@ -1,0 +1,83 @@
+"""The contract of a video codec: raw frames to latents and back, causal in time.
+
+Raw frame 0 becomes frame 0; frame f > 0 covers the raw frames `r (f-1) + 1 .. r f` for the temporal ratio r. So
+`raw frames = 1 + r (frames - 1)`, and a prefix of a video encodes to a prefix of its latents.
+"""
+
+from abc import ABC, abstractmethod
+
+from torch import nn
+
+from longlive.typing import Latents, Video
+
+
+def num_raw_frames(num_frames: int, temporal_ratio: int) -> int:
+    """Raw frames of a clip of `num_frames` latent frames: `1 + r (frames - 1)`."""
+    return 1 + temporal_ratio * (num_frames - 1)
+
+
+def num_frames(num_raw_frames: int, temporal_ratio: int) -> int:
+    """Latent frames of a clip of raw frames.
+
+    Raises:
+        ValueError: if the raw frames are not `1 + r k`; the message names the nearest legal counts.
+    """
+    extra = (num_raw_frames - 1) % temporal_ratio
+    if num_raw_frames < 1 or extra:
+        lower = max(num_raw_frames - extra, 1)
+        raise ValueError(
+            f"num_raw_frames={num_raw_frames} is not 1 + {temporal_ratio} k, which a codec with temporal ratio "
+            f"{temporal_ratio} needs; use {lower} or {lower + temporal_ratio}"
+        )
+    return 1 + (num_raw_frames - 1) // temporal_ratio
+
+
+class StreamDecoder(ABC):
+    """Decodes latents as they come. What it returns, concatenated, equals `decode` of all latents at once."""
+
+    @abstractmethod
+    def push(self, latents: Latents) -> Video:
+        """Decode the next frames; the first push of a video returns `1 + r (f - 1)` raw frames, later ones `r f`."""
+
+
+class VideoCodec(nn.Module, ABC):
+    """Raw frames <-> latents. Frozen: its parameters never train.
+
+    Attributes:
+        temporal_ratio: raw frames per frame after the first.
+        spatial_ratio: pixels per latent pixel, in each direction.
+        latent_channels: channels of a latent.
+        halo_frames: extra frames of left context after which an encode of a window is exact (0: none needed).
+    """
+
+    temporal_ratio: int
+    spatial_ratio: int
+    latent_channels: int
+    halo_frames: int
+
+    @abstractmethod
+    def encode(self, video: Video) -> Latents:
+        """Latents, normalised per channel to about zero mean and unit variance.
+
+        Raises:
+            ValueError: if the raw frames are not `1 + temporal_ratio k`, or height and width are no multiples of
+                `spatial_ratio`.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Latents) -> Video:
+        """RGB in [-1, 1]."""
+
+    @abstractmethod
+    def stream_decoder(self) -> StreamDecoder:
+        """A fresh decoder for one video (or one batch of videos in step). Decoders of one codec do not disturb each other."""
+
+    def check_video(self, video: Video) -> None:
+        """Raise the `ValueError` of `encode` before any work."""
+        num_frames(video.shape[1], self.temporal_ratio)
+        height, width = video.shape[-2:]
+        if height % self.spatial_ratio or width % self.spatial_ratio:
+            raise ValueError(
+                f"height={height}, width={width} are no multiples of the codec's spatial_ratio={self.spatial_ratio}; "
+                f"use {height - height % self.spatial_ratio}, {width - width % self.spatial_ratio}"
+            )

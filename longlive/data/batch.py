@@ -1,0 +1,93 @@
+"""One training batch: what the readers produce and the modules consume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from longlive import rng
+from longlive.typing import Int, Latents, RawFrames, Tensor
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """Sizes of a batch, enough to fake one, in latent units."""
+
+    batch_size: int
+    num_frames: int
+    chunk_frames: int
+    channels: int
+    height: int
+    width: int
+    prompt: str = "a red circle moves right over a dark ground"
+
+    @property
+    def num_chunks(self) -> int:
+        if self.num_frames % self.chunk_frames:
+            raise ValueError(
+                f"num_frames={self.num_frames} is no multiple of chunk_frames={self.chunk_frames}; use "
+                f"{self.num_frames // self.chunk_frames * self.chunk_frames or self.chunk_frames}"
+            )
+        return self.num_frames // self.chunk_frames
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """A batch of clips: exactly one of `latents` and `raw_frames` is given.
+
+    Attributes:
+        latents: pre-encoded `[b f c h w]`.
+        raw_frames: uint8 `[b t 3 H W]`, this rank's part of the clip.
+        prompts: `prompts[sample][chunk]`.
+        shot_index: shot of every chunk, `[b chunk]`, counted from 0 in each sample.
+        num_valid_frames: frames before padding, `[b]`; later frames carry no loss.
+        sample_ids: global ids, int64 `[b]`: they name the random draws of a sample.
+        frame_offset: the first frame of the clip that this rank owns.
+    """
+
+    prompts: tuple[tuple[str, ...], ...]
+    shot_index: Int[Tensor, "b chunk"]
+    num_valid_frames: Int[Tensor, " b"]
+    sample_ids: Int[Tensor, " b"]
+    latents: Latents | None = None
+    raw_frames: RawFrames | None = None
+    frame_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.latents is None) == (self.raw_frames is None):
+            raise ValueError("a VideoBatch holds either latents or raw_frames, exactly one of them")
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.prompts)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> VideoBatch:
+        """The same batch with its pixels or latents on a device. The small integer tables stay on the CPU, where they are read."""
+        media = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name in ("latents", "raw_frames")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **media)
+
+    def pin_memory(self) -> VideoBatch:
+        """Called by the DataLoader."""
+        media = {
+            name: value.pin_memory()
+            for name in ("latents", "raw_frames")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **media)
+
+    @classmethod
+    def fake(cls, spec: BatchSpec, seed: int = 0) -> VideoBatch:
+        """Random latents with one prompt and one shot: smoke runs need no data."""
+        shape = (spec.batch_size, spec.num_frames, spec.channels, spec.height, spec.width)
+        return cls(
+            latents=rng.normal(shape, seed, "fake_batch"),
+            prompts=((spec.prompt,) * spec.num_chunks,) * spec.batch_size,
+            shot_index=torch.zeros(spec.batch_size, spec.num_chunks, dtype=torch.int64),
+            num_valid_frames=torch.full((spec.batch_size,), spec.num_frames, dtype=torch.int64),
+            sample_ids=torch.arange(spec.batch_size, dtype=torch.int64),
+        )
