@@ -12,6 +12,7 @@ whatever the dtype in which the network answers. diffusers lowers the first sigm
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import numpy as np
 from diffusers import UniPCMultistepScheduler
@@ -63,7 +64,8 @@ class UniPCSolver(Solver):
 
     def __init__(self, num_steps: int, schedule: FlowSchedule) -> None:
         super().__init__(num_steps, schedule)
-        self._scheduler = UniPCMultistepScheduler(
+        # diffusers' decorated classes have no types.
+        self._scheduler: Any = cast(Any, UniPCMultistepScheduler)(
             solver_order=2,
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
@@ -80,7 +82,8 @@ class UniPCSolver(Solver):
 
     def step(self, velocity: Latents, x: Latents) -> Latents:
         timestep = self._scheduler.timesteps[self._index]
-        return self._scheduler.step(velocity.to(x.dtype), timestep, x, return_dict=False)[0]
+        stepped: Latents = self._scheduler.step(velocity.to(x.dtype), timestep, x, return_dict=False)[0]
+        return stepped
 
 
 SOLVERS: dict[str, Callable[[int, FlowSchedule], Solver]] = {"unipc": UniPCSolver, "euler": EulerSolver}

@@ -1,0 +1,295 @@
+"""The KV cache of a rollout: per layer a ring of slots, one chunk per slot, and nothing is ever shifted.
+
+A pass over chunk c opens a `ChunkView`: the slot that c takes, and the leading slots of the ring, which are exactly what c sees
+plus that slot (`sinks.py` says why). Keys and values of the pass's own tokens go into the own slot, and one dense
+`scaled_dot_product_attention` without a mask runs over the slice: attention does not care for the order of keys. Two modes:
+
+- *denoise*: what lies in the own slot is scratch, overwritten by every solver step. The slot table does not list it.
+- *context* (`write=True`): the pass over the finished chunk at timestep 0. The slot keeps what it writes, and
+  `ChunkView.commit` enters the chunk in the table.
+
+Under autograd the slice is copied before the own keys enter it, so a graph holds what its pass has read, whatever is written to
+the ring later.
+
+**RoPE.** Absolute: keys are cached after rotation, at the chunk's frame plus its shot's offset. Relative: keys are cached
+unrotated, and the view rotates them once, at positions counted inside the visible list (`sinks.relative_positions`); the rotated
+keys live as long as the view. LongLive-2.0 counts its relative positions in the same way.
+
+**Memory** is allocated once: `2 layers batch slots tokens_per_chunk dim` numbers. Guidance doubles the batch (the unconditional
+rows follow the conditional ones); a head-sharded rank asks for its own heads only. How a slot is stored is behind `SlotStorage`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+from longlive.models.attention import dense_attention
+from longlive.models.visibility import VisibilityRule, visible_history
+from longlive.models.wan.rope import Rotation, rotation
+from longlive.rollout.sinks import SlotTable, absolute_position, free_slot, num_slots, place, relative_positions
+from longlive.typing import Float, Heads, PerFrame, Tensor
+
+Slots = Float[Tensor, "b slots l n e"]
+"""Keys or values of a run of slots; `l` is the tokens of one chunk."""
+
+SlotIndex = int | Tensor
+"""One slot for each sample: an int where all agree, else int64 `[b]`."""
+
+
+def put(target: Slots, index: SlotIndex, source: Heads) -> None:
+    """Write one chunk `[b l n e]` into a slot of every sample, in place."""
+    if isinstance(index, int):
+        target[:, index] = source
+    else:
+        target[torch.arange(len(index), device=index.device), index] = source
+
+
+class SlotStorage(ABC):
+    """The slots of one layer, in some format. Space is allocated at construction and never grows."""
+
+    @abstractmethod
+    def write(self, index: SlotIndex, keys: Heads, values: Heads) -> None:
+        """Store one chunk of every sample."""
+
+    @abstractmethod
+    def read(self, num_slots: int, dtype: torch.dtype) -> tuple[Slots, Slots]:
+        """Keys and values of the leading slots, ready for arithmetic in `dtype`.
+
+        May be views of the storage. The caller may overwrite slots that no table lists, and nothing else.
+        """
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes held."""
+
+
+class DenseStorage(SlotStorage):
+    """Slots as plain numbers. Reading in the stored dtype is a view, in another one a converted copy."""
+
+    def __init__(
+        self,
+        batch_size: int,
+        slots: int,
+        tokens: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (batch_size, slots, tokens, num_heads, head_dim)
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def write(self, index: SlotIndex, keys: Heads, values: Heads) -> None:
+        put(self._keys, index, keys)
+        put(self._values, index, values)
+
+    def read(self, num_slots: int, dtype: torch.dtype) -> tuple[Slots, Slots]:
+        return self._keys[:, :num_slots].to(dtype), self._values[:, :num_slots].to(dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._keys.nbytes + self._values.nbytes
+
+
+class KeyValueCache:
+    """The caches of all layers, and one slot table per sample.
+
+    Attributes:
+        tables: for every sample the chunk in each slot.
+        rule: who sees whom.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        batch_size: int,
+        num_chunks: int,
+        chunk_frames: int,
+        patches: tuple[int, int],
+        num_heads: int,
+        head_dim: int,
+        rule: VisibilityRule,
+        relative_rope: bool = False,
+        shot_rope_offset: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """
+        Args:
+            num_layers, num_heads, head_dim: of the network; `num_heads` counts the heads of this rank.
+            batch_size: rows, the unconditional ones of guidance included.
+            num_chunks: length of the longest rollout; without a window this is the capacity.
+            chunk_frames: frames per chunk.
+            patches: rows and columns of tokens in a frame.
+            rule: window and sinks.
+            relative_rope: count positions inside the visible list instead of the video.
+            shot_rope_offset: positions that a scene cut adds.
+            dtype: of the stored numbers.
+
+        Raises:
+            ValueError: if there is no chunk.
+        """
+        slots = num_slots(rule, num_chunks)
+        tokens = chunk_frames * patches[0] * patches[1]
+        self.rule = rule
+        self.tables: list[SlotTable] = [(None,) * slots] * batch_size
+        self.chunk_frames = chunk_frames
+        self.patches = patches
+        self.head_dim = head_dim
+        self.relative_rope = relative_rope
+        self.shot_rope_offset = shot_rope_offset
+        self.device = torch.device(device)
+        self.layers: list[SlotStorage] = [
+            DenseStorage(batch_size, slots, tokens, num_heads, head_dim, dtype, device) for _ in range(num_layers)
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+    def open(self, chunk: int, shot_index: Sequence[Sequence[int]]) -> "ChunkView":
+        """Make room for a chunk and show what it sees.
+
+        The slot that the chunk takes leaves the table: whatever it held, nobody can see any more.
+
+        Args:
+            chunk: index in the video.
+            shot_index: per sample the shot of every chunk up to this one.
+
+        Raises:
+            ValueError: if the chunk sees an earlier one that was never written, or finds no slot (more chunks than the cache
+                was made for).
+        """
+        # Samples with one table and the same shots share all decisions; batches of one shot decide once.
+        decisions: dict[tuple[SlotTable, tuple[int, ...]], tuple[int, SlotTable, list[float], float]] = {}
+        rows = [(table, tuple(shots[: chunk + 1])) for table, shots in zip(self.tables, shot_index, strict=True)]
+        for row in rows:
+            if row not in decisions:
+                decisions[row] = self._decide(chunk, *row)
+        decided = [decisions[row] for row in rows]
+        self.tables = [table for _, table, _, _ in decided]
+
+        own_slots = [slot for slot, _, _, _ in decided]
+        index: SlotIndex = own_slots[0] if len(decisions) == 1 else torch.tensor(own_slots, device=self.device)
+        visible_slots = len(decided[0][2])
+        assert all(len(positions) == visible_slots for _, _, positions, _ in decided)
+        key_rotation = None
+        if self.relative_rope:
+            key_rotation = self._rotation([positions for _, _, positions, _ in decided])
+        own_positions = self._frame_positions([[position] for _, _, _, position in decided])
+        return ChunkView(self, chunk, index, own_slots, visible_slots, own_positions, key_rotation)
+
+    def _decide(
+        self, chunk: int, table: SlotTable, shot_index: tuple[int, ...]
+    ) -> tuple[int, SlotTable, list[float], float]:
+        """For one sample: own slot, table without it, first position of every slot read, own first position."""
+        history = visible_history(chunk, shot_index, self.rule)
+        missing = [earlier for earlier in history if earlier not in table]
+        if missing:
+            raise ValueError(
+                f"chunk={chunk} sees chunks {missing}, which are not in the cache; write every finished chunk with a "
+                "context pass before the next one starts"
+            )
+        slot = free_slot(table, chunk, shot_index, self.rule)
+        visible = [*history, chunk]
+        if self.relative_rope:
+            starts = relative_positions(visible, shot_index, self.chunk_frames, self.shot_rope_offset)
+        else:
+            starts = [absolute_position(c, shot_index, self.chunk_frames, self.shot_rope_offset) for c in visible]
+        start_of = dict(zip(visible, starts, strict=True))
+        occupied = place(table, slot, chunk)
+        leading = occupied[: len(visible)]
+        assert set(leading) == set(visible)  # fact 2 of sinks.py
+        positions = [start_of[c] for c in leading if c is not None]
+        return slot, place(table, slot, None), positions, start_of[chunk]
+
+    def _frame_positions(self, starts: list[list[float]]) -> PerFrame:
+        frames = torch.arange(self.chunk_frames, dtype=torch.float64)
+        return (torch.tensor(starts, dtype=torch.float64)[:, :, None] + frames).flatten(1).to(self.device)
+
+    def _rotation(self, starts: list[list[float]]) -> Rotation:
+        return rotation(self._frame_positions(starts), *self.patches, self.head_dim)
+
+
+class ChunkView:
+    """What the passes over one chunk read, and where they write. Valid until another chunk is opened.
+
+    Attributes:
+        chunk: index in the video.
+        frame_positions: RoPE positions of the chunk's own frames, float64 `[b f]`; the network takes them.
+    """
+
+    def __init__(
+        self,
+        cache: KeyValueCache,
+        chunk: int,
+        index: SlotIndex,
+        own_slots: list[int],
+        visible_slots: int,
+        frame_positions: PerFrame,
+        key_rotation: Rotation | None,
+    ) -> None:
+        self.chunk = chunk
+        self.frame_positions = frame_positions
+        self.index = index
+        self._cache = cache
+        self._own_slots = own_slots
+        self._visible_slots = visible_slots
+        self._key_rotation = key_rotation
+        self._read: dict[tuple[int, torch.dtype], tuple[Slots, Slots]] = {}
+
+    def read(self, layer: int, dtype: torch.dtype) -> tuple[Slots, Slots]:
+        """Keys, rotated, and values of everything visible; the own slot is for the caller to fill.
+
+        Made once per view: the steps of a chunk change nothing but its own slot.
+        """
+        if (layer, dtype) not in self._read:
+            keys, values = self._cache.layers[layer].read(self._visible_slots, dtype)
+            if self._key_rotation is not None:
+                keys = self._key_rotation.rotate(keys.flatten(1, 2)).view_as(keys)
+            self._read[layer, dtype] = keys, values
+        return self._read[layer, dtype]
+
+    def write(self, layer: int, keys: Heads, values: Heads) -> None:
+        """Store the own tokens of a context pass."""
+        self._cache.layers[layer].write(self.index, keys.detach(), values.detach())
+
+    @property
+    def stores_unrotated(self) -> bool:
+        """Whether keys go into the cache before RoPE."""
+        return self._key_rotation is not None
+
+    def attention(self, *, write: bool) -> "CachedAttention":
+        """The attention function of one pass: denoise (`write=False`) or context (`write=True`)."""
+        return CachedAttention(self, write)
+
+    def commit(self) -> None:
+        """Enter the chunk in the tables, after a context pass has gone through all layers."""
+        tables = self._cache.tables
+        self._cache.tables = [
+            place(table, slot, self.chunk) for table, slot in zip(tables, self._own_slots, strict=True)
+        ]
+
+
+class CachedAttention:
+    """A `SelfAttention` whose queries are one chunk's tokens and whose keys are those tokens and the cache."""
+
+    def __init__(self, view: ChunkView, write: bool) -> None:
+        self._view = view
+        self._write = write
+
+    def __call__(self, query: Heads, key: Heads, value: Heads, rotation: Rotation, layer: int) -> Heads:
+        rotated_key = rotation.rotate(key)
+        keys, values = self._view.read(layer, query.dtype)
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+            keys, values = keys.clone(), values.clone()
+        put(keys, self._view.index, rotated_key)
+        put(values, self._view.index, value)
+        if self._write:
+            self._view.write(layer, key if self._view.stores_unrotated else rotated_key, value)
+        return dense_attention(rotation.rotate(query), keys.flatten(1, 2), values.flatten(1, 2))

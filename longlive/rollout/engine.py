@@ -1,0 +1,403 @@
+"""Rollout: chunk after chunk from noise, each seeing what the cache still holds of the earlier ones.
+
+One chunk is (design: LongLive-2.0, arXiv 2605.18739)
+
+    noise -> n solver steps, each one network call over [visible cache | the chunk] -> context pass at timestep 0
+
+and the context pass writes the finished chunk into the cache. A cached pass equals the teacher-forcing forward of the same tokens
+with the same window and sinks: training and rollout share `models.visibility`.
+
+`RolloutEngine.generate` and `.rollout` are the loop; they compute no gradients. Its parts (`start`, `open_chunk`, `velocity`, `write`)
+are public and leave gradients to the caller, for losses on rollouts and for sessions whose prompts come while they run.
+
+**Guidance** runs the conditional and the unconditional branch as one forward of twice the rows with one cache of twice the rows: on
+small models the call count is what costs. The unconditional branch sees its own history, cached under the negative prompt.
+
+**Noise** is a function of (seed, sample id, chunk): a sample's video depends neither on the batch it is generated in, nor on how long
+the rollout goes on.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from longlive import rng
+from longlive.diffusion.guidance import guide
+from longlive.diffusion.schedule import FlowSchedule
+from longlive.diffusion.solver import SOLVERS, make_solver
+from longlive.models.visibility import VisibilityRule
+from longlive.models.wan.model import CausalWan
+from longlive.rollout.cache import ChunkView, KeyValueCache
+from longlive.typing import Int, Latents, PerFrame, PromptEmbeds, Tensor
+
+CACHE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How to roll out.
+
+    Attributes:
+        chunk_frames: frames denoised together.
+        num_steps: solver steps per chunk.
+        solver: a name in `diffusion.solver.SOLVERS`.
+        guidance_scale: 1 is no guidance, and then no negative prompt is taken.
+        window: frames that a query sees at most, sinks and its own chunk included; None: everything.
+        sink_frames: first frames of the video that stay visible.
+        shot_sink: whether the first chunk of the current shot stays visible too.
+        relative_rope: count RoPE positions inside the visible list, so that they stay bounded in a video of any length.
+        shot_rope_offset: frames by which a scene cut moves the RoPE position.
+        cache_dtype: what keys and values are stored in; None: the dtype of the network's parameters.
+
+    Raises:
+        ValueError: if a setting is out of range, frames are no multiples of `chunk_frames`, or the window cannot hold the
+            sinks and the chunk itself.
+    """
+
+    chunk_frames: int
+    num_steps: int = 20
+    solver: str = "unipc"
+    guidance_scale: float = 1.0
+    window: int | None = None
+    sink_frames: int = 0
+    shot_sink: bool = False
+    relative_rope: bool = False
+    shot_rope_offset: float = 0.0
+    cache_dtype: Literal["bfloat16", "float32"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_frames", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver={self.solver!r} is unknown; use one of {', '.join(SOLVERS)}")
+        if self.guidance_scale < 0:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale} is negative; use 1 for none, 3 to 5 for a base model"
+            )
+        if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
+            raise ValueError(
+                f"cache_dtype={self.cache_dtype!r} is unknown; use one of {', '.join(CACHE_DTYPES)} or null"
+            )
+        _ = self.rule
+
+    @property
+    def rule(self) -> VisibilityRule:
+        """Who sees whom, in chunks."""
+        return VisibilityRule.from_frames(self.window, self.sink_frames, self.shot_sink, self.chunk_frames)
+
+    @property
+    def guided(self) -> bool:
+        """Whether an unconditional branch runs."""
+        return self.guidance_scale != 1
+
+    def num_chunks(self, num_frames: int) -> int:
+        """Chunks of a video of `num_frames`.
+
+        Raises:
+            ValueError: if the frames are no positive multiple of `chunk_frames`.
+        """
+        if num_frames < 1 or num_frames % self.chunk_frames:
+            lower = max(num_frames // self.chunk_frames, 1) * self.chunk_frames
+            raise ValueError(
+                f"num_frames={num_frames} is no positive multiple of chunk_frames={self.chunk_frames}; use {lower} or "
+                f"{lower + self.chunk_frames}"
+            )
+        return num_frames // self.chunk_frames
+
+
+@dataclass
+class RolloutState:
+    """A rollout between two chunks: all that the next one needs.
+
+    Attributes:
+        cache: keys and values of earlier chunks.
+        sample_ids: global ids that name the noise.
+        latent_shape: (channels, height, width).
+        shot_index: per sample the shots so far.
+        next_chunk: index of the chunk to come.
+    """
+
+    cache: KeyValueCache
+    seed: int
+    sample_ids: tuple[int, ...]
+    latent_shape: tuple[int, int, int]
+    shot_index: list[list[int]] = field(default_factory=list)
+    next_chunk: int = 0
+
+
+@dataclass(frozen=True)
+class ChunkCondition:
+    """What all network calls of one chunk share: `rows` is the batch, doubled under guidance.
+
+    Attributes:
+        view: what the chunk sees of the cache.
+        prompt_embeds: the distinct prompts of this chunk.
+        prompt_index: which of them each row gets, `[rows 1]`.
+        frame_positions: RoPE positions `[rows f]`.
+    """
+
+    view: ChunkView
+    prompt_embeds: PromptEmbeds
+    prompt_index: Int[Tensor, "rows 1"]
+    frame_positions: PerFrame
+
+
+@dataclass(frozen=True)
+class ChunkReport:
+    """Progress: chunk `chunk` (of `num_chunks`) took `seconds` from its noise to the end of its context pass."""
+
+    chunk: int
+    num_chunks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Latents `[b f c h w]` on the network's device, float32, and the loop seconds of every chunk."""
+
+    latents: Latents
+    chunk_seconds: tuple[float, ...]
+
+
+class RolloutEngine:
+    """Generates latents with a causal network.
+
+    Args:
+        model: the network; its parameters' device and dtype are the rollout's. Whether it is in eval mode is the caller's
+            business.
+        settings: see `RolloutSettings`.
+        schedule: noise levels; the shift must be the one of training.
+    """
+
+    def __init__(self, model: CausalWan, settings: RolloutSettings, schedule: FlowSchedule) -> None:
+        self.model = model
+        self.settings = settings
+        self.schedule = schedule
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def generate(
+        self,
+        prompt_embeds: PromptEmbeds,
+        prompt_index: Int[Tensor, "b p"],
+        shot_index: Int[Tensor, "b p"],
+        latent_shape: tuple[int, int, int],
+        seed: int,
+        sample_ids: Sequence[int],
+        negative_embeds: PromptEmbeds | None = None,
+        on_chunk: Callable[[ChunkReport], None] | None = None,
+    ) -> Generated:
+        """The chunks of `rollout` in one tensor, with the time each took. Arguments and errors as there."""
+        seconds: list[float] = []
+
+        def record(report: ChunkReport) -> None:
+            seconds.append(report.seconds)
+            if on_chunk is not None:
+                on_chunk(report)
+
+        chunks = self.rollout(
+            prompt_embeds, prompt_index, shot_index, latent_shape, seed, sample_ids, negative_embeds, record
+        )
+        return Generated(torch.cat(list(chunks), dim=1), tuple(seconds))
+
+    def rollout(
+        self,
+        prompt_embeds: PromptEmbeds,
+        prompt_index: Int[Tensor, "b p"],
+        shot_index: Int[Tensor, "b p"],
+        latent_shape: tuple[int, int, int],
+        seed: int,
+        sample_ids: Sequence[int],
+        negative_embeds: PromptEmbeds | None = None,
+        on_chunk: Callable[[ChunkReport], None] | None = None,
+    ) -> Iterator[Latents]:
+        """Generate `p` chunks, one after the other; with a window, memory does not grow with their number.
+
+        Args:
+            prompt_embeds: the distinct prompts.
+            prompt_index: which prompt every chunk of every sample follows.
+            shot_index: shot of every chunk, counted from 0 in each sample.
+            latent_shape: (channels, height, width) of a frame.
+            seed: names the noise, together with the sample ids.
+            sample_ids: one per sample.
+            negative_embeds: `[1 s d]`, the prompt of the unconditional branch; only with guidance.
+            on_chunk: called after every chunk.
+
+        Returns:
+            An iterator of finished chunks `[b chunk_frames c h w]`, float32.
+
+        Raises:
+            ValueError: before any work, if the arguments do not fit one another or the network.
+        """
+        self._check(prompt_embeds, prompt_index, shot_index, sample_ids, negative_embeds)
+        num_chunks = prompt_index.shape[1]
+        state = self.start(latent_shape, seed, sample_ids, num_chunks)
+        prompt_index = prompt_index.to(self.device)
+
+        def chunks() -> Iterator[Latents]:
+            for chunk in range(num_chunks):
+                start = self._now()
+                condition = self.open_chunk(
+                    state, prompt_embeds, prompt_index[:, chunk], shot_index[:, chunk].tolist(), negative_embeds
+                )
+                # Nobody looks back at the last chunk, so it needs no context pass.
+                latents = self._finish(condition, self.noise(state), write=chunk + 1 < num_chunks)
+                state.next_chunk += 1
+                if on_chunk is not None:
+                    on_chunk(ChunkReport(chunk, num_chunks, self._now() - start))
+                yield latents
+
+        return chunks()
+
+    def start(
+        self, latent_shape: tuple[int, int, int], seed: int, sample_ids: Sequence[int], max_chunks: int
+    ) -> RolloutState:
+        """An empty cache. With a window it does for a video of any length, else for `max_chunks`.
+
+        Raises:
+            ValueError: if the latents do not fit the network.
+        """
+        config, settings = self.model.config, self.settings
+        channels, height, width = latent_shape
+        if channels != config.in_channels:
+            raise ValueError(f"latents of {channels} channels: the network takes {config.in_channels}")
+        dtype = (
+            next(self.model.parameters()).dtype if settings.cache_dtype is None else CACHE_DTYPES[settings.cache_dtype]
+        )
+        cache = KeyValueCache(
+            num_layers=config.num_layers,
+            batch_size=len(sample_ids) * (2 if settings.guided else 1),
+            num_chunks=max_chunks,
+            chunk_frames=settings.chunk_frames,
+            patches=config.patches(height, width),
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            rule=settings.rule,
+            relative_rope=settings.relative_rope,
+            shot_rope_offset=settings.shot_rope_offset,
+            dtype=dtype,
+            device=self.device,
+        )
+        return RolloutState(cache, seed, tuple(sample_ids), latent_shape, [[] for _ in sample_ids])
+
+    def noise(self, state: RolloutState) -> Latents:
+        """The noise that the next chunk starts from, float32 `[b chunk_frames c h w]`."""
+        shape = (self.settings.chunk_frames, *state.latent_shape)
+        samples = [
+            rng.normal(shape, state.seed, "rollout", sample=sample, chunk=state.next_chunk)
+            for sample in state.sample_ids
+        ]
+        return torch.stack(samples).to(self.device)
+
+    def open_chunk(
+        self,
+        state: RolloutState,
+        prompt_embeds: PromptEmbeds,
+        prompt_index: Int[Tensor, " b"],
+        shot_index: Sequence[int],
+        negative_embeds: PromptEmbeds | None = None,
+    ) -> ChunkCondition:
+        """Make room for the next chunk, with the prompt and shot of every sample in it."""
+        state.shot_index = [[*row, shot] for row, shot in zip(state.shot_index, shot_index, strict=True)]
+        branches = 2 if self.settings.guided else 1
+        view = state.cache.open(state.next_chunk, state.shot_index * branches)
+        # Of a long list of prompts, a chunk needs the few that its samples follow.
+        used, index = torch.unique(prompt_index.to(self.device), return_inverse=True)
+        embeds = prompt_embeds.to(self.device)[used]
+        if negative_embeds is not None:
+            index = torch.cat([index, torch.full_like(index, len(used))])
+            embeds = torch.cat([embeds, negative_embeds.to(embeds)])
+        return ChunkCondition(view, embeds, index[:, None], view.frame_positions)
+
+    def velocity(self, condition: ChunkCondition, x: Latents, timesteps: PerFrame) -> Latents:
+        """One denoise call: the velocity at `x`, guided if the settings say so, float32.
+
+        Args:
+            x: the chunk's noisy latents `[b chunk_frames c h w]`.
+            timesteps: 0 to 1000 `[b chunk_frames]`.
+        """
+        velocity = self._call(condition, x, timesteps, write=False)
+        if not self.settings.guided:
+            return velocity
+        conditional, unconditional = velocity.chunk(2)
+        return guide(conditional, unconditional, self.settings.guidance_scale)
+
+    def write(self, condition: ChunkCondition, latents: Latents) -> None:
+        """Context pass: the finished chunk goes into the cache, without gradient."""
+        with torch.no_grad():
+            self._call(condition, latents, torch.zeros(latents.shape[:2], device=latents.device), write=True)
+        condition.view.commit()
+
+    def _call(self, condition: ChunkCondition, x: Latents, timesteps: PerFrame, write: bool) -> Latents:
+        branches = len(condition.prompt_index) // len(x)
+        velocity: Latents = self.model(
+            latents=x.repeat(branches, 1, 1, 1, 1),
+            timesteps=timesteps.repeat(branches, 1),
+            prompt_embeds=condition.prompt_embeds,
+            prompt_index=condition.prompt_index,
+            frame_positions=condition.frame_positions,
+            attention=condition.view.attention(write=write),
+        )
+        return velocity.float()
+
+    @torch.no_grad()
+    def _finish(self, condition: ChunkCondition, noise: Latents, write: bool) -> Latents:
+        """From noise to a finished chunk. A method, because `no_grad` inside a generator would reach its consumer."""
+        x = noise
+        solver = make_solver(self.settings.solver, self.settings.num_steps, self.schedule)
+        for timestep, _ in solver:
+            timesteps = torch.full(x.shape[:2], timestep, device=x.device)
+            x = solver.step(self.velocity(condition, x, timesteps), x)
+        if write:
+            self.write(condition, x)
+        return x
+
+    def _now(self) -> float:
+        """Wall-clock seconds, once the work given to the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return time.perf_counter()
+
+    def _check(
+        self,
+        prompt_embeds: PromptEmbeds,
+        prompt_index: Int[Tensor, "b p"],
+        shot_index: Int[Tensor, "b p"],
+        sample_ids: Sequence[int],
+        negative_embeds: PromptEmbeds | None,
+    ) -> None:
+        if len(prompt_embeds) == 0 or prompt_index.numel() == 0:
+            raise ValueError(
+                "no prompt: a rollout needs at least one sample with at least one chunk, and a prompt for each"
+            )
+        if prompt_index.shape != shot_index.shape or len(sample_ids) != len(prompt_index):
+            raise ValueError(
+                f"prompt_index {tuple(prompt_index.shape)}, shot_index {tuple(shot_index.shape)} and {len(sample_ids)} "
+                "sample_ids do not fit; give every chunk of every sample a prompt and a shot, and every sample an id"
+            )
+        lowest, highest = int(prompt_index.min()), int(prompt_index.max())
+        if lowest < 0 or highest >= len(prompt_embeds):
+            raise ValueError(
+                f"prompt_index reaches from {lowest} to {highest}, but there are {len(prompt_embeds)} prompts"
+            )
+        if prompt_embeds.shape[-1] != self.model.config.text_dim:
+            raise ValueError(
+                f"prompt embeddings of {prompt_embeds.shape[-1]} features: the network takes {self.model.config.text_dim}"
+            )
+        if self.settings.guided != (negative_embeds is not None):
+            need = "needs" if self.settings.guided else "takes no"
+            raise ValueError(
+                f"guidance_scale={self.settings.guidance_scale} {need} negative_embeds; give the embedding of the negative "
+                "prompt (usually the empty one) exactly when the scale is not 1"
+            )
+        if negative_embeds is not None and negative_embeds.shape != (1, *prompt_embeds.shape[1:]):
+            raise ValueError(
+                f"negative_embeds {tuple(negative_embeds.shape)} must be {(1, *prompt_embeds.shape[1:])}: one prompt, with "
+                "as many text tokens and features as the others"
+            )
