@@ -2,9 +2,9 @@
 
     token i of a prompt = word vector (standard normal, named by the word) + position_weight * sinusoid(i)
 
-Random vectors of 64 dims are almost orthogonal, so a network tells the few words of the toy world apart at once, while the
-position code keeps "red over blue" and "blue over red" different. Nothing is learned and nothing is stored: the vectors
-follow from the word by hashing, on every machine and in every process.
+Random vectors of 64 dims are almost orthogonal, so a network tells the few words of the toy world apart at once, while
+the position code keeps "red over blue" and "blue over red" different. Nothing is learned and nothing is stored: the
+vectors follow from the word by hashing, on every machine and in every process.
 """
 
 import hashlib
@@ -34,9 +34,7 @@ class ToyTextEncoder(TextEncoder):
         ValueError: if `embed_dim` is not a positive even number or `num_tokens` is not positive.
     """
 
-    def __init__(
-        self, embed_dim: int = 64, num_tokens: int = 16, position_weight: float = 0.25, seed: int = 0
-    ) -> None:
+    def __init__(self, embed_dim: int = 64, num_tokens: int = 16, position_weight: float = 0.25, seed: int = 0) -> None:
         super().__init__()
         if embed_dim < 2 or embed_dim % 2:
             raise ValueError(
