@@ -64,7 +64,7 @@ def test_decode_equals_diffusers_decode_of_denormalised_latents(codec: WanVideoC
     video = codec.decode(latents)
 
     assert video.shape == (2, 9, 3, 32, 16)
-    assert video.std() > 0.1 and (video.abs() < 1).float().mean() > 0.5, "a saturated decode would compare nothing"
+    assert (video.abs() < 1).float().mean() > 0.5, "a saturated decode would compare nothing"
     torch.testing.assert_close(video, expected, rtol=0, atol=1e-6)
 
 
@@ -79,7 +79,7 @@ def test_a_change_in_a_raw_frame_reaches_its_own_latent_and_no_earlier_one(codec
     changed[:, 5] = -changed[:, 5]  # raw frames 5..8 are frame 2
     difference = (codec.encode(video) - codec.encode(changed)).abs().amax((0, 2, 3, 4))
     assert (difference[:2] == 0).all()
-    assert (difference[2:] > 1e-3).any() and difference[2] > 1e-3
+    assert difference[2] > 1e-3
 
 
 @pytest.mark.parametrize("num_res_blocks", [1, 2])
