@@ -1,0 +1,156 @@
+"""What Lightning gets: one endless stream of training batches, and a finite one for validation.
+
+Lightning never sees an epoch of the training data; ours are internal to the readers. So a run is measured in steps, and the position
+in the data is one number: samples consumed, over all ranks. At a checkpoint it is counted from the batches that were trained on
+(`batch_progress`), not from those that the loader has prefetched. A resumed run therefore draws exactly the samples that the
+interrupted one would have drawn next, also with another number of workers or, for the indexed reader, of ranks. (StatefulDataLoader
+would save one rank's loader state, tied to its number of workers.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import ParallelStrategy
+from torch.utils.data import DataLoader
+
+from longlive.data.indexed import FinitePositionBatches, IndexedShards, PositionBatches
+from longlive.data.sample import ClipSpec, collate
+from longlive.data.shards import is_local
+
+Locations = str | Path | Sequence[str | Path] | None
+
+
+class VideoDataModule(LightningDataModule):
+    """Batches of clips from shards.
+
+    Args:
+        train, val: shard directories, or URLs of them; several are read as one set. None: there is no such data.
+        num_frames: latent frames per clip, a multiple of `chunk_frames`.
+        chunk_frames: frames per chunk.
+        height, width: pixels.
+        fps: raw frames per second of the clips; sources of any rate are resampled.
+        batch_size: clips per data rank and batch.
+        num_workers: decoding processes of each loader; 0 decodes in the training process. Never changes the order.
+        seed: of the order and of the temporal crops.
+        reader: `"indexed"` (local directories), `"streamed"` (anything WebDataset can open), or `"auto"`.
+        temporal_ratio: raw frames per frame, the codec's.
+
+    Raises:
+        ValueError: if the sizes do not fit together or the reader does not fit the location.
+        FileNotFoundError: if a directory, its index or one of its shards is missing.
+    """
+
+    def __init__(
+        self,
+        train: Locations = None,
+        val: Locations = None,
+        *,
+        num_frames: int,
+        chunk_frames: int,
+        height: int,
+        width: int,
+        fps: float = 24.0,
+        batch_size: int = 1,
+        num_workers: int = 1,
+        seed: int = 0,
+        reader: str = "auto",
+        temporal_ratio: int = 4,
+    ) -> None:
+        super().__init__()
+        self.spec = ClipSpec(num_frames, chunk_frames, height, width, fps, temporal_ratio)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers} must be at least 0 (0: decode in the training process)")
+        if reader not in ("auto", "indexed", "streamed"):
+            raise ValueError(f"reader={reader!r} is unknown; use 'auto', 'indexed' or 'streamed'")
+        self.batch_size, self.num_workers, self.seed, self.reader = batch_size, num_workers, seed, reader
+        self.locations = {"train": _as_list(train), "val": _as_list(val)}
+        if not any(self.locations.values()):
+            raise ValueError("neither train nor val is given; name a directory of shards (`longlive shards` writes one)")
+        self._datasets: dict[str, IndexedShards] = {}
+        self._samples_at_start = 0
+        self._batches_at_start = 0
+
+    def data_parallel(self) -> tuple[int, int]:
+        """This process's data rank, and the number of data ranks. Sequence-parallel peers share a data rank.
+
+        Taken from the strategy's own sampler arguments (which know its mesh); override it for another layout.
+        """
+        if self.trainer is not None and isinstance(self.trainer.strategy, ParallelStrategy):
+            kwargs = self.trainer.strategy.distributed_sampler_kwargs
+            return int(kwargs["rank"]), int(kwargs["num_replicas"])
+        return 0, 1
+
+    def setup(self, stage: str) -> None:
+        """Open the indices."""
+        names = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ())
+        for name in names:
+            if self.locations[name] and name not in self._datasets:
+                self._datasets[name] = self._open(name)
+        if self.trainer is not None and self.data_parallel()[1] > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                "Trainer(use_distributed_sampler=True) would replace the data order by Lightning's own; "
+                "set use_distributed_sampler=False, the data module splits by data rank itself"
+            )
+
+    def _open(self, name: str) -> IndexedShards:
+        locations = self.locations[name]
+        return IndexedShards(locations, self.spec, seed=self.seed, shuffle=name == "train")
+
+    @property
+    def num_unreadable(self) -> int:
+        """Distinct samples that were unreadable and replaced so far, in this process and its workers."""
+        return sum(dataset.unreadable.count for dataset in self._datasets.values())
+
+    @property
+    def samples_consumed(self) -> int:
+        """Training samples that went through a training step, over all ranks and since the first step of the run."""
+        trained = self._num_trained_batches() - self._batches_at_start
+        return self._samples_at_start + trained * self.batch_size * self.data_parallel()[1]
+
+    def _num_trained_batches(self) -> int:
+        if self.trainer is None:
+            return self._batches_at_start
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data. `num_batches` is Lightning's own count at that moment, which it restores too."""
+        return {"samples_consumed": self.samples_consumed, "num_batches": self._num_trained_batches()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._samples_at_start = int(state_dict["samples_consumed"])
+        self._batches_at_start = int(state_dict["num_batches"])
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        if "train" not in self._datasets:
+            raise ValueError("train is not given; name a directory of shards (`longlive shards` writes one)")
+        batches = PositionBatches(lambda: self.samples_consumed, self.batch_size, *self.data_parallel())
+        return self._loader(self._datasets["train"], batches)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        if "val" not in self._datasets:
+            return []
+        dataset = self._datasets["val"]
+        return self._loader(dataset, FinitePositionBatches(dataset.num_samples, self.batch_size, *self.data_parallel()))
+
+    def _loader(self, dataset: IndexedShards, batches: PositionBatches) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def _as_list(locations: Locations) -> list[str | Path]:
+    if locations is None:
+        return []
+    return [locations] if isinstance(locations, str | Path) else list(locations)

@@ -1,0 +1,195 @@
+"""One sample: the members of a tar become raw frames, prompts and shots of the size that training asks for.
+
+Time first: the source's frames are resampled to the config's rate by their time stamps, a window of the clip's length is chosen
+(by `rng` from the sample and the epoch), and only those frames are decoded. A clip that is too short repeats its last
+frame, and says how many frames are real. Then space: the centre is cut to the wanted aspect ratio and scaled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from longlive import rng
+from longlive.data.batch import VideoBatch
+from longlive.data.shards import video_suffix
+from longlive.data.shots import Shot, shots_of_chunks
+from longlive.data.sources import shots_from_caption
+from longlive.data.video import UnreadableVideoError, open_video
+from longlive.typing import Tensor, UInt8
+
+logger = logging.getLogger(__name__)
+
+MAX_UNREADABLE_IN_A_ROW = 1000
+"""After so many, the shards are at fault and not single samples."""
+
+
+class UnreadableSampleError(Exception):
+    """A sample that cannot be used; the reader takes the next one of the order."""
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """The clip that training asks for.
+
+    Attributes:
+        num_frames: latent frames; the clip has `1 + temporal_ratio (num_frames - 1)` raw frames.
+        chunk_frames: frames per chunk.
+        height, width: pixels.
+        fps: raw frames per second.
+        temporal_ratio: the codec's.
+    """
+
+    num_frames: int
+    chunk_frames: int
+    height: int
+    width: int
+    fps: float
+    temporal_ratio: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "chunk_frames", "height", "width", "fps", "temporal_ratio"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name}={value} must be positive")
+        if self.num_frames % self.chunk_frames:
+            lower = self.num_frames // self.chunk_frames * self.chunk_frames
+            raise ValueError(
+                f"num_frames={self.num_frames} is no multiple of chunk_frames={self.chunk_frames}; "
+                f"use {f'{lower} or ' if lower else ''}{lower + self.chunk_frames}"
+            )
+
+    @property
+    def num_raw_frames(self) -> int:
+        return 1 + self.temporal_ratio * (self.num_frames - 1)
+
+
+@dataclass(frozen=True)
+class VideoSample:
+    """One sample of a batch; the fields are `VideoBatch`'s, without the batch dim."""
+
+    raw_frames: UInt8[Tensor, "t 3 H W"]
+    prompts: tuple[str, ...]
+    shot_index: tuple[int, ...]
+    num_valid_frames: int
+    sample_id: int
+
+
+def collate(samples: Sequence[VideoSample]) -> VideoBatch:
+    """Samples of one size to a batch."""
+    return VideoBatch(
+        raw_frames=torch.stack([sample.raw_frames for sample in samples]),
+        prompts=tuple(sample.prompts for sample in samples),
+        shot_index=torch.tensor([sample.shot_index for sample in samples], dtype=torch.int64),
+        num_valid_frames=torch.tensor([sample.num_valid_frames for sample in samples], dtype=torch.int64),
+        sample_ids=torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64),
+    )
+
+
+def resample(timestamps: np.ndarray, source_fps: float, fps: float) -> np.ndarray:
+    """Which source frame each frame of a video at another rate shows: the nearest in time, the earlier one of two.
+
+    Args:
+        timestamps: seconds after the first frame, ascending, `[source frames]`; they need not be evenly spaced.
+        source_fps: average rate; the last frame is shown for `1 / source_fps` seconds.
+        fps: wanted rate.
+
+    Returns:
+        Source frame indices, int64, one for every `k / fps` before the video's end.
+    """
+    tolerance = 1e-6  # seconds; containers round time stamps
+    duration = float(timestamps[-1]) + 1 / source_fps
+    times = np.arange(max(1, int((duration + tolerance) * fps))) / fps
+    midpoints = (timestamps[:-1] + timestamps[1:]) / 2
+    return np.searchsorted(midpoints + tolerance, times, side="left")
+
+
+def crop_in_time(num_available: int, num_wanted: int, seed: int, epoch: int, sample_id: int) -> list[int]:
+    """Positions of the raw frames to take: a random window if there are more than wanted, else all and the last one repeated."""
+    if num_available > num_wanted:
+        start = rng.integer(num_available - num_wanted + 1, seed, "crop", step=epoch, sample=sample_id)
+        return list(range(start, start + num_wanted))
+    return [min(position, num_available - 1) for position in range(num_wanted)]
+
+
+def centre_crop_and_resize(
+    frames: UInt8[Tensor, "t 3 H W"], height: int, width: int, pixel_aspect: float = 1.0
+) -> UInt8[Tensor, "t 3 h w"]:
+    """Cut the largest centred window of the wanted aspect ratio, then scale it (antialiased bilinear).
+
+    Args:
+        frames: stored pixels.
+        height, width: wanted size, of square pixels.
+        pixel_aspect: width of a stored pixel over its height.
+    """
+    source_height, source_width = frames.shape[-2:]
+    aspect = width / height / pixel_aspect
+    crop_height = max(1, min(source_height, round(source_width / aspect)))
+    crop_width = max(1, min(source_width, round(source_height * aspect)))
+    top, left = (source_height - crop_height) // 2, (source_width - crop_width) // 2
+    frames = frames[..., top : top + crop_height, left : left + crop_width]
+    if (crop_height, crop_width) == (height, width):
+        return frames.contiguous()
+    return torch.nn.functional.interpolate(frames, size=(height, width), mode="bilinear", antialias=True)
+
+
+def decode_sample(
+    members: Mapping[str, bytes], spec: ClipSpec, *, seed: int, epoch: int, sample_id: int
+) -> VideoSample:
+    """Decode one sample.
+
+    Args:
+        members: content by suffix: a video and `"json"`.
+        spec: the clip that is wanted.
+        seed, epoch, sample_id: name the choice of the window.
+
+    Raises:
+        UnreadableSampleError: if a member is missing or broken, the video does not decode, or the json describes another video.
+    """
+    suffix = video_suffix(members)
+    if suffix is None or "json" not in members:
+        raise UnreadableSampleError(f"it needs a video and a json; it has {sorted(members)}")
+    try:
+        fields = json.loads(members["json"])
+        num_raw_frames = int(fields["num_raw_frames"])
+        shots: tuple[Shot, ...] = shots_from_caption({"shots": fields["shots"]}, num_raw_frames)
+        with open_video(members[suffix]) as video:
+            if video.num_raw_frames != num_raw_frames:
+                raise UnreadableSampleError(f"the video has {video.num_raw_frames} raw frames, its json says {num_raw_frames}")
+            at_rate = resample(video.index.timestamps, video.fps, spec.fps)
+            positions = crop_in_time(len(at_rate), spec.num_raw_frames, seed, epoch, sample_id)
+            indices = [int(at_rate[position]) for position in positions]
+            frames = centre_crop_and_resize(video.read(indices), spec.height, spec.width, video.index.pixel_aspect)
+    except (ValueError, KeyError, TypeError, UnreadableVideoError) as error:
+        raise UnreadableSampleError(f"{type(error).__name__}: {error}") from error
+    prompts, shot_index = shots_of_chunks(shots, indices, spec.chunk_frames, spec.temporal_ratio)
+    num_valid_raw_frames = min(len(at_rate), spec.num_raw_frames)
+    return VideoSample(
+        raw_frames=frames,
+        prompts=prompts,
+        shot_index=shot_index,
+        num_valid_frames=1 + (num_valid_raw_frames - 1) // spec.temporal_ratio,
+        sample_id=sample_id,
+    )
+
+
+class UnreadableSamples:
+    """Counts unreadable samples across the worker processes of one loader, and logs each of them once."""
+
+    def __init__(self, num_samples: int) -> None:
+        self._is_reported = torch.zeros(num_samples, dtype=torch.uint8).share_memory_()
+
+    def report(self, sample_id: int, key: str, error: Exception) -> None:
+        if not self._is_reported[sample_id]:
+            self._is_reported[sample_id] = 1
+            logger.warning("unreadable sample %s, taking the next one: %s", key, error)
+
+    @property
+    def count(self) -> int:
+        """Distinct unreadable samples met so far."""
+        return int(self._is_reported.sum())
