@@ -1,0 +1,144 @@
+"""`longlive <command>`: dispatch, and what a user sees when something is wrong.
+
+Each command of the table below is a primary file in `conf/` and a function that takes the composed config; Hydra runs
+it, so sweeps and launchers (`-m`, `hydra/launcher=...`) work for all of them. A `ValueError` that one of our own checks
+raised is shown as its message alone (`HYDRA_FULL_ERROR=1` shows where it came from); every other exception keeps its
+traceback; both leave the process with a non-zero exit code. Nothing heavy is imported before a command is known.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from longlive import __version__
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A command that runs with a config: the function `module.function`."""
+
+    module: str
+    function: str
+    purpose: str
+    flags: tuple[str, ...] = ()
+    """`--name` stands for the override `name=true`."""
+
+
+_COMMANDS = {
+    "train": _Command(
+        "longlive.train", "train", "train a model: longlive train experiment=toyworld trainer.max_steps=100"
+    ),
+    "generate": _Command(
+        "longlive.generate", "generate", "roll out videos: longlive generate checkpoint=... prompts=..."
+    ),
+    "shards": _Command(
+        "longlive.make_shards",
+        "make_shards",
+        "write clips as WebDataset shards: longlive shards source=toyworld",
+        ("strict",),
+    ),
+}
+_DOCTOR = "print versions, devices, and which precisions, kernels and codecs work here"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit code.
+
+    Raises:
+        SystemExit: non-zero, if the command failed (Hydra reports the error and exits).
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        print(f"longlive {__version__}")
+        return 0
+    if name == "doctor":
+        return int(importlib.import_module("longlive.doctor").main(rest))
+    if name not in _COMMANDS:
+        near = difflib.get_close_matches(name, [*_COMMANDS, "doctor"], n=1)
+        hint = f"did you mean {near[0]}?" if near else "longlive --help lists the commands"
+        print(f"longlive: unknown command '{name}'; {hint}", file=sys.stderr)
+        return 2
+    try:
+        _run(name, _COMMANDS[name], rest)
+    except _CommandLineError as error:
+        print(f"longlive {name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class _CommandLineError(Exception):
+    """The command line names something that does not exist."""
+
+
+def _run(name: str, command: _Command, arguments: list[str]) -> None:
+    import hydra
+    from hydra._internal.utils import get_args_parser
+    from hydra.errors import CompactHydraException
+
+    from longlive import config as configuration
+
+    flags = {f"--{flag}": f"{flag}=true" for flag in command.flags}
+    arguments = [flags.get(argument, argument) for argument in arguments]
+    parsed = get_args_parser().parse_intermixed_args(arguments)
+    if not (parsed.help or parsed.hydra_help or parsed.experimental_rerun or parsed.config_path):
+        try:
+            configuration.compose(parsed.config_name or name, parsed.overrides, parsed.config_dir)
+        except ValueError as error:
+            raise _CommandLineError(str(error)) from error
+
+    command_line = sys.argv
+
+    def task(config: "DictConfig") -> Any:
+        # Lightning's launcher starts its other ranks with this command line, so they must see it as it was given.
+        sys.argv = command_line
+        function: Callable[[DictConfig], Any] = getattr(importlib.import_module(command.module), command.function)
+        try:
+            return function(config)
+        except ValueError as error:
+            if not _is_ours(error):
+                raise
+            raise CompactHydraException(f"longlive {name}: {error}") from error
+
+    # Hydra reads options only before the first override, and names the run after the override that comes last.
+    options = [argument for argument in arguments if argument not in parsed.overrides]
+    sys.argv = [command_line[0], *options, f"hydra.job.name={name}", *parsed.overrides]
+    try:
+        hydra.main(str(configuration.config_directory()), name, version_base="1.3")(task)()
+    finally:
+        sys.argv = command_line
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised in this package, not in a library that it called."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "longlive"
+
+
+def _usage() -> str:
+    rows = [(name, command.purpose) for name, command in _COMMANDS.items()] + [("doctor", _DOCTOR)]
+    return "\n".join(
+        [
+            "usage: longlive <command> [key=value ...] [options]",
+            "",
+            *(f"  {name:<10}{purpose}" for name, purpose in rows),
+            "",
+            "key=value overrides a setting of the command's config; longlive <command> --cfg job prints the config,",
+            "-m runs one job per value of key=a,b, --config-dir adds a folder of your own config files. A refused setting is",
+            "reported in one message; HYDRA_FULL_ERROR=1 shows where it was refused.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

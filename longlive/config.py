@@ -1,0 +1,155 @@
+"""Hydra's side of the library: where `conf/` lies, how a config is composed from it, and how it becomes objects.
+
+A config is a primary file (`train.yaml`, ...) that names every top-level key, plus one file per group. Two rules make
+every unused setting an error: an override must name a key that exists (Hydra's struct mode; the message here adds the
+nearest names), and no file or `+key=value` may bring a top-level key that the primary file does not have. What is
+nested deeper is checked where it is used, because every `_target_` refuses arguments that it does not take.
+
+Nothing here outlives a call: Hydra's global state is entered and left inside `compose`.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import CompactHydraException, InstantiationException, OverrideParseException
+from hydra.utils import instantiate as hydra_instantiate
+from omegaconf import DictConfig, OmegaConf
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def config_directory() -> Path:
+    """The folder of the primary config files: inside the package in a wheel, beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: if the installation has neither.
+    """
+    for directory in (_PACKAGE / "conf", _PACKAGE.parent / "conf"):
+        if directory.is_dir():
+            return directory
+    raise FileNotFoundError(
+        f"no conf/ inside {_PACKAGE} or beside it: the installation is incomplete; install longlive again"
+    )
+
+
+def compose(name: str, overrides: Sequence[str] = (), extra_directory: str | Path | None = None) -> DictConfig:
+    """The config that `longlive <command> <overrides>` runs with.
+
+    Args:
+        name: primary file, without `.yaml`.
+        overrides: Hydra overrides. Of a sweep (`a=1,2`) the first value is taken.
+        extra_directory: a user's own config folder, searched after ours.
+
+    Raises:
+        ValueError: if an override or a file names a key, a group or an option that does not exist.
+    """
+    overrides = [_first_of_sweep(override) for override in overrides]
+    config = _compose(name, overrides, extra_directory)
+    groups = {path.name for directory in _directories(extra_directory) for path in directory.iterdir() if path.is_dir()}
+    # Experiments are the files that may write at the top level, so the names are taken from a config without one.
+    choices = [override for override in overrides if _key(override).split("/")[0] in groups - {"experiment"}]
+    known = {str(key) for key in _compose(name, choices, extra_directory)} | groups
+    for key in config:
+        if key not in known:
+            raise ValueError(
+                f"unknown top-level key '{key}': {name}.yaml has none of that name{_nearest(str(key), known)}"
+            )
+    return config
+
+
+def instantiate(config: DictConfig, *args: object, **kwargs: object) -> Any:
+    """The object that `config._target_` describes, nested objects first. Its arguments are plain containers.
+
+    Raises:
+        ValueError: if there is no `_target_`, if it cannot be found, or if its constructor does not take one of the
+            arguments or refuses a value; the message names the config key. A constructor's other errors pass unchanged.
+    """
+    where = config._get_full_key(None) or "the config"
+    if "_target_" not in config:
+        raise ValueError(f"{where} has no _target_, so it describes no object; its keys are {sorted(map(str, config))}")
+    try:
+        return hydra_instantiate(config, *args, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        key = re.search(r"^full_key: (.+)$", str(error), re.MULTILINE)
+        where = key[1] if key else where
+        cause = error.__cause__
+        if cause is None or not str(error).startswith("Error in call to target"):
+            raise ValueError(f"{where}: {error}") from error
+        if isinstance(cause, ValueError) or "unexpected keyword argument" in str(cause):
+            raise ValueError(f"{where}: {cause}") from error
+        cause.add_note(f"This was raised while {where} was instantiated.")
+        raise cause from None
+
+
+def to_plain(config: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain dicts, lists and scalars: what checkpoints and loggers hold.
+
+    Raises:
+        omegaconf.errors.MissingMandatoryValue: if a `???` was not given.
+    """
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+
+
+def _directories(extra_directory: str | Path | None) -> Iterator[Path]:
+    yield config_directory()
+    if extra_directory is not None:
+        directory = Path(extra_directory).absolute()
+        if not directory.is_dir():
+            raise ValueError(f"config directory '{directory}' does not exist")
+        yield directory
+
+
+def _compose(name: str, overrides: list[str], extra_directory: str | Path | None) -> DictConfig:
+    ours, *others = (str(directory) for directory in _directories(extra_directory))
+    search_path = [f"hydra.searchpath=[{','.join(f'file://{directory}' for directory in others)}]"] if others else []
+    with initialize_config_dir(config_dir=ours, version_base="1.3"):
+        try:
+            return hydra_compose(name, [*search_path, *overrides])
+        except CompactHydraException as error:
+            unknown = re.match(r"Could not override '([^'@]+)", str(error))
+            if unknown is None:
+                raise ValueError(str(error)) from error
+    # Composed once more without it, to learn which names there are.
+    key = unknown[1]
+    config = _compose(name, [other for other in overrides if _key(other) != key], extra_directory)
+    known = set(_dotted_keys(OmegaConf.to_container(config)))
+    raise ValueError(f"unknown key '{key}': {name}.yaml has none of that name{_nearest(key, known)}")
+
+
+def _key(override: str) -> str:
+    """`group` of `+group@package=option`: the override without its sign, package and value."""
+    return re.split(r"[=@]", override, maxsplit=1)[0].lstrip("+~")
+
+
+def _first_of_sweep(override: str) -> str:
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+    except OverrideParseException as error:
+        raise ValueError(f"'{override}' is no override: write key=value; {error}") from error
+    if not parsed.is_sweep_override():
+        return override
+    return f"{parsed.get_key_element()}={next(parsed.sweep_string_iterator())}"
+
+
+def _dotted_keys(tree: object, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _dotted_keys(value, f"{prefix}{key}.")
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    """The names that a user may have meant: near the whole name, or with the same last part elsewhere in the tree."""
+    last = key.rpartition(".")[2]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.8)
+    near += sorted(other for other in known if other.rpartition(".")[2] == last and other not in near)[:3]
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    parent = key.rpartition(".")[0]
+    siblings = sorted(other for other in known if other.rpartition(".")[0] == parent)
+    return f"; use one of {', '.join(siblings)}" if siblings else ""
