@@ -5,12 +5,12 @@
 | clean c | history of c, and c itself | never |
 | noisy c | history of c | c itself |
 
-The *history* of chunk c is the list of earlier chunks that a rollout still holds when it denoises c (`visible_history`):
-all of them, or, with a window, the sinks and the most recent ones. Tokens are described by *segments*, runs of consecutive
-tokens of one chunk and one role, in whatever order they arrive: `[all clean | all noisy]` on one rank, `[clean | noisy]` of
-every rank in turn under Balanced SP. Visibility is constant between two segments, so it is a small table of segments by
-segments, and attention is a list of dense rectangles. With n chunks of t tokens, `n (n + 1) t^2` of `4 n^2 t^2` score
-entries are useful.
+The *history* of chunk c is the list of earlier chunks that a rollout still holds when it denoises c: all of them, or,
+with a window, the sinks and the most recent ones (`visible_history`). Tokens are described by *segments*, runs of
+consecutive tokens of one chunk and one role, in whatever order they arrive: `[all clean | all noisy]` on one rank,
+`[clean | noisy]` of every rank in turn under Balanced SP. Visibility is constant between two segments, so it is a small
+table of segments by segments, and attention is a list of dense rectangles. With n chunks of t tokens,
+`n (n + 1) t^2` of `4 n^2 t^2` score entries are useful.
 
 Nothing is needed for padding: padded frames end a clip, and no later chunk is there to see them.
 """
@@ -53,8 +53,8 @@ class VisibilityRule:
         if self.window_chunks is None:
             if self.sink_chunks or self.shot_sink:
                 raise ValueError(
-                    f"sink_chunks={self.sink_chunks}, shot_sink={self.shot_sink} have no effect without a window, which "
-                    "lets every chunk see all earlier ones; set a window or remove the sinks"
+                    f"sink_chunks={self.sink_chunks}, shot_sink={self.shot_sink} have no effect without a window: "
+                    "every chunk sees all earlier ones; set a window or remove the sinks"
                 )
             return
         needed = self.sink_chunks + int(self.shot_sink) + 1
@@ -65,9 +65,7 @@ class VisibilityRule:
             )
 
     @classmethod
-    def from_frames(
-        cls, window: int | None, sink_frames: int, shot_sink: bool, chunk_frames: int
-    ) -> VisibilityRule:
+    def from_frames(cls, window: int | None, sink_frames: int, shot_sink: bool, chunk_frames: int) -> VisibilityRule:
         """The rule for settings in frames.
 
         Raises:
@@ -141,34 +139,26 @@ def teacher_forcing_segments(num_chunks: int, tokens_per_chunk: int) -> tuple[Se
     return tuple(Segment(role, chunk, tokens_per_chunk) for role in Role for chunk in range(num_chunks))
 
 
-def sees(query: Segment, key: Segment, shot_index: Sequence[int], rule: VisibilityRule) -> bool:
-    """Whether the tokens of one segment may see those of another."""
-    if key.chunk == query.chunk:
-        return key.role is query.role
-    return key.role is Role.CLEAN and key.chunk in visible_history(query.chunk, shot_index, rule)
-
-
 @lru_cache(maxsize=256)
 def _rectangles(
     segments: tuple[Segment, ...], shot_index: tuple[int, ...], rule: VisibilityRule
 ) -> tuple[Rectangle, ...]:
-    history = {chunk: set(visible_history(chunk, shot_index, rule)) for chunk in {s.chunk for s in segments}}
-    keys_of = [
-        tuple(
-            index
-            for index, key in enumerate(segments)
-            if (key.chunk == query.chunk and key.role is query.role)
-            or (key.role is Role.CLEAN and key.chunk in history[query.chunk])
+    keys_of = []
+    for query in segments:
+        history = set(visible_history(query.chunk, shot_index, rule))
+        keys_of.append(
+            tuple(
+                index
+                for index, key in enumerate(segments)
+                if (key.chunk == query.chunk and key.role is query.role)
+                or (key.chunk in history and key.role is Role.CLEAN)
+            )
         )
-        for query in segments
-    ]
     runs = groupby(range(len(segments)), key=keys_of.__getitem__)
     return tuple(Rectangle(tuple(queries), keys) for keys, queries in runs)
 
 
-def rectangles(
-    segments: Sequence[Segment], shot_index: Sequence[int], rule: VisibilityRule
-) -> tuple[Rectangle, ...]:
+def rectangles(segments: Sequence[Segment], shot_index: Sequence[int], rule: VisibilityRule) -> tuple[Rectangle, ...]:
     """The dense parts of attention: together their queries are all segments, in order.
 
     Neighbouring segments that see the same keys share a rectangle.
@@ -178,7 +168,9 @@ def rectangles(
     """
     last = max(segment.chunk for segment in segments)
     if last >= len(shot_index):
-        raise ValueError(f"shot_index has {len(shot_index)} chunks, but the segments reach chunk {last}; give every chunk a shot")
+        raise ValueError(
+            f"shot_index has {len(shot_index)} chunks, but the segments reach chunk {last}; give every chunk a shot"
+        )
     return _rectangles(tuple(segments), tuple(shot_index), rule)
 
 

@@ -83,7 +83,7 @@ class WanConfig:
             )
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim={self.freq_dim} must be even (cosines and sines); use {self.freq_dim + 1}")
-        if len(self.patch_size) != 3 or self.patch_size[0] != 1 or min(self.patch_size) < 1:
+        if self.patch_size[0] != 1 or min(self.patch_size) < 1:
             raise ValueError(
                 f"patch_size={self.patch_size} must be (1, rows, columns): timesteps and chunks are counted in frames, "
                 "so a token covers one frame"
@@ -148,7 +148,7 @@ class WanConfig:
         keys = _DIFFUSERS_KEYS if "num_attention_heads" in content else _ORIGINAL_KEYS
         for name in ("added_kv_proj_dim", "image_dim", "pos_embed_seq_len"):
             if content.get(name) is not None:
-                raise ValueError(f"{path}: {name}={content[name]} describes a network with image keys; use a TI2V or T2V one")
+                raise ValueError(f"{path}: {name}={content[name]} belongs to a network with image keys; use a TI2V one")
         if content.get("qk_norm", True) not in (True, "rms_norm_across_heads"):
             raise ValueError(f"{path}: qk_norm={content['qk_norm']!r} is not Wan's RMS norm across heads")
         sizes = {name: content[key] for name, key in keys.items() if key in content}

@@ -1,8 +1,8 @@
 """The causal Wan diffusion transformer: latents and per-frame timesteps in, velocity out.
 
 The network is Wan2.2's, parameter names included. What makes it causal is not in here: the attention function is an
-argument, so one network trains by teacher forcing (clean and noisy copies in one sequence), rolls out with a cache, runs
-bidirectionally, and knows neither masks nor ranks. Differences to Wan's own class:
+argument, so one network trains by teacher forcing (clean and noisy copies in one sequence), rolls out with a cache and
+runs bidirectionally, and it knows neither masks nor ranks. Differences to Wan's own class:
 
 - timesteps are per frame (`[b f]`), prompts per run of frames, positions in time explicit;
 - the patch embedding multiplies rearranged patches by its Conv3d-shaped weight: the same numbers, one matrix product;
@@ -38,8 +38,7 @@ class Float32Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(x.float(), self.weight.float(), bias)
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class PatchEmbedding(nn.Conv3d):
