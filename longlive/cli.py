@@ -134,8 +134,8 @@ def _usage() -> str:
             *(f"  {name:<10}{purpose}" for name, purpose in rows),
             "",
             "key=value overrides a setting of the command's config; longlive <command> --cfg job prints the config,",
-            "-m runs one job per value of key=a,b, --config-dir adds a folder of your own config files. A refused setting is",
-            "reported in one message; HYDRA_FULL_ERROR=1 shows where it was refused.",
+            "-m runs one job per value of key=a,b, --config-dir adds a folder of your own config files.",
+            "A refused setting is reported in one message; HYDRA_FULL_ERROR=1 shows where it was refused.",
         ]
     )
 

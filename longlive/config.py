@@ -55,11 +55,9 @@ def compose(name: str, overrides: Sequence[str] = (), extra_directory: str | Pat
     # Experiments are the files that may write at the top level, so the names are taken from a config without one.
     choices = [override for override in overrides if _key(override).split("/")[0] in groups - {"experiment"}]
     known = {str(key) for key in _compose(name, choices, extra_directory)} | groups
-    for key in config:
+    for key in map(str, config):
         if key not in known:
-            raise ValueError(
-                f"unknown top-level key '{key}': {name}.yaml has none of that name{_nearest(str(key), known)}"
-            )
+            raise ValueError(f"unknown top-level key '{key}': {name}.yaml has none of that name{_nearest(key, known)}")
     return config
 
 
@@ -106,9 +104,13 @@ def _directories(extra_directory: str | Path | None) -> Iterator[Path]:
 
 
 def _compose(name: str, overrides: list[str], extra_directory: str | Path | None) -> DictConfig:
-    ours, *others = (str(directory) for directory in _directories(extra_directory))
+    # Hydra looks for the primary file in its first folder alone, for everything else in all of them.
+    directories = sorted(
+        _directories(extra_directory), key=lambda directory: not (directory / f"{name}.yaml").is_file()
+    )
+    first, *others = map(str, directories)
     search_path = [f"hydra.searchpath=[{','.join(f'file://{directory}' for directory in others)}]"] if others else []
-    with initialize_config_dir(config_dir=ours, version_base="1.3"):
+    with initialize_config_dir(config_dir=first, version_base="1.3"):
         try:
             return hydra_compose(name, [*search_path, *overrides])
         except CompactHydraException as error:

@@ -1,0 +1,189 @@
+"""The command line is run as users run it: in a process of its own, whose exit code and output are what counts."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys, types
+train = types.ModuleType("longlive.train")
+exec({body!r}, train.__dict__)
+sys.modules["longlive.train"] = train
+from longlive.cli import main
+sys.exit(main())
+"""
+"""The command line with a `train` of our own, which needs neither data nor torch."""
+
+CONFIG = """
+seed: 0
+trainer: {max_steps: 10}
+hydra: {run: {dir: run}, sweep: {dir: sweep}}
+"""
+
+
+def longlive(*arguments: str, cwd: Path, body: str = "", env: dict[str, str] | None = None):
+    """Run `longlive <arguments>` with `body` as the source of `longlive.train`."""
+    program = PROGRAM.format(body=textwrap.dedent(body))
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A user's folder with a primary file `probe.yaml`."""
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "probe.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+PROBE = ("train", "--config-dir", "conf", "--config-name", "probe")
+
+
+STARTING = """
+    def train(config):
+        raise SystemExit("started")
+    """
+
+REFUSING = """
+    def train(config):
+        raise ValueError("heads=5 does not divide dim=128; use 4")
+    """
+
+
+def test_help_lists_the_commands_without_loading_anything_heavy(tmp_path):
+    program = "import sys, longlive.cli as cli; cli.main(['--help']); print({'torch', 'hydra'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    for command in ("train", "generate", "shards", "doctor"):
+        assert f"\n  {command} " in done.stdout
+    assert done.stdout.endswith("set()\n")
+
+
+def test_the_version_is_printed(tmp_path):
+    done = longlive("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "longlive 0.1.0.dev0\n")
+
+
+def test_an_unknown_command_is_named_with_the_nearest(tmp_path):
+    done = longlive("trian", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "unknown command 'trian'; did you mean train?" in done.stderr
+    assert longlive("fly", cwd=tmp_path).returncode == 2
+
+
+def test_a_command_gets_the_composed_config_and_stays_in_the_working_directory(project):
+    body = """
+        import os
+        def train(config):
+            print("got", config.seed, config.trainer.max_steps, os.getcwd())
+        """
+    done = longlive(*PROBE, "trainer.max_steps=3", cwd=project, body=body)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"got 0 3 {project}\n"
+
+
+def test_lightnings_launcher_sees_the_command_line_as_it_was_given(project):
+    """It starts the other ranks with `sys.argv`: without the command's name every one of them would fail."""
+    body = """
+        import sys
+        from hydra.core.hydra_config import HydraConfig
+        def train(config):
+            print(sys.argv[1:], HydraConfig.get().job.name)
+        """
+    done = longlive(*PROBE, "seed=1", cwd=project, body=body)
+    assert done.stdout == f"{[*PROBE, 'seed=1']} train\n"
+    again = longlive(*PROBE, "seed=1", "hydra.run.dir=run", "hydra.job.name=rank_1", cwd=project, body=body)
+    assert again.stdout.endswith(" rank_1\n"), again.stderr
+
+
+def test_a_sweep_runs_one_job_per_value_and_options_may_stand_anywhere(project):
+    body = """
+        def train(config):
+            print("job", config.seed)
+        """
+    done = longlive(*PROBE, "seed=1,2", "-m", cwd=project, body=body)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("job")] == ["job 1", "job 2"]
+
+
+def test_an_unknown_key_is_one_message_and_nothing_is_started(project):
+    done = longlive(*PROBE, "trainer.max_step=3", cwd=project, body=STARTING)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "unknown key 'trainer.max_step'" in done.stderr
+    assert "did you mean trainer.max_steps?" in done.stderr
+    assert [path.name for path in project.iterdir()] == ["conf"]
+
+
+def test_the_config_can_be_shown_without_running(project):
+    done = longlive(*PROBE, "--cfg", "job", "seed=7", cwd=project, body=STARTING)
+    assert done.returncode == 0, done.stderr
+    assert "seed: 7" in done.stdout
+
+
+def test_a_refused_setting_is_one_message_and_a_failure(project):
+    done = longlive(*PROBE, cwd=project, body=REFUSING)
+    assert done.returncode == 1
+    assert "\nlonglive train: heads=5 does not divide dim=128; use 4\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "HYDRA_FULL_ERROR=1" in done.stderr
+
+
+def test_hydras_variable_shows_where_a_setting_was_refused(project):
+    done = longlive(*PROBE, cwd=project, body=REFUSING, env={"HYDRA_FULL_ERROR": "1"})
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ValueError: heads=5" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("statement", "shown"),
+    [
+        ("raise RuntimeError('the loss is infinite at step 7')", "RuntimeError: the loss is infinite at step 7"),
+        ("import json; json.loads('{')", "JSONDecodeError"),
+        ("{}['latents']", "KeyError: 'latents'"),
+    ],
+)
+def test_every_other_exception_keeps_its_traceback_and_fails(project, statement, shown):
+    """A crash that is caught and printed ends with exit code 0, and the launcher believes that the run is done."""
+    done = longlive(*PROBE, cwd=project, body=f"def train(config):\n    {statement}\n")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert shown in done.stderr
+
+
+def test_a_failing_job_of_a_sweep_fails_the_sweep(project):
+    body = """
+        def train(config):
+            if config.seed == 2:
+                raise ValueError("seed=2 is refused")
+        """
+    done = longlive(*PROBE, "-m", "seed=1,2,3", cwd=project, body=body)
+    assert done.returncode == 1
+    assert "seed=2 is refused" in done.stderr
+
+
+def test_the_exit_code_of_a_command_that_exits_is_kept(project):
+    done = longlive(*PROBE, cwd=project, body="import sys\ndef train(config):\n    sys.exit(7)\n")
+    assert done.returncode == 7
+
+
+def test_strict_shards_may_be_written_as_a_flag(project):
+    program = textwrap.dedent(
+        """
+        import sys, types
+        module = types.ModuleType("longlive.make_shards")
+        module.make_shards = lambda config: print("strict", config.strict)
+        sys.modules["longlive.make_shards"] = module
+        from longlive.cli import main
+        sys.exit(main())
+        """
+    )
+    (project / "conf" / "probe.yaml").write_text(CONFIG + "strict: false\n")
+    command = [sys.executable, "-c", program, "shards", *PROBE[1:], "--strict"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "strict True\n", done.stderr
