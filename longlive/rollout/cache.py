@@ -38,11 +38,11 @@ SlotIndex = int | Tensor
 
 
 def put(target: Slots, index: SlotIndex, source: Heads) -> None:
-    """Write one chunk `[b l n e]` into a slot of every sample, in place."""
+    """Write one chunk `[b l n e]` into a slot of every sample, in place and in the dtype of the slots."""
     if isinstance(index, int):
-        target[:, index] = source
+        target[:, index] = source.to(target.dtype)
     else:
-        target[torch.arange(len(index), device=index.device), index] = source
+        target[torch.arange(len(index), device=index.device), index] = source.to(target.dtype)
 
 
 class SlotStorage(ABC):
@@ -175,7 +175,7 @@ class KeyValueCache:
         self.tables = [table for _, table, _, _ in decided]
 
         own_slots = [slot for slot, _, _, _ in decided]
-        index: SlotIndex = own_slots[0] if len(decisions) == 1 else torch.tensor(own_slots, device=self.device)
+        index: SlotIndex = own_slots[0] if len(set(own_slots)) == 1 else torch.tensor(own_slots, device=self.device)
         visible_slots = len(decided[0][2])
         assert all(len(positions) == visible_slots for _, _, positions, _ in decided)
         key_rotation = None
