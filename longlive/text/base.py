@@ -27,3 +27,26 @@ class TextEncoder(nn.Module, ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Names weights and settings: two encoders with one fingerprint give equal embeddings. Keys caches on disk."""
+
+
+class TextEncoderFactory(ABC):
+    """A text encoder that is not loaded yet: what is known of it without its weights, and how to get it.
+
+    A run whose prompts are all cached never calls `build`, and so never loads the weights.
+
+    Attributes:
+        embed_dim: as of the encoder.
+        num_tokens: as of the encoder.
+    """
+
+    embed_dim: int
+    num_tokens: int
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """The fingerprint of the encoder that `build` returns."""
+
+    @abstractmethod
+    def build(self) -> TextEncoder:
+        """Load the encoder."""
