@@ -126,6 +126,8 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _usage() -> str:
+    from longlive import config as configuration
+
     rows = [(name, command.purpose) for name, command in _COMMANDS.items()] + [("doctor", _DOCTOR)]
     return "\n".join(
         [
@@ -136,6 +138,9 @@ def _usage() -> str:
             "key=value overrides a setting of the command's config; longlive <command> --cfg job prints the config,",
             "-m runs one job per value of key=a,b, --config-dir adds a folder of your own config files.",
             "A refused setting is reported in one message; HYDRA_FULL_ERROR=1 shows where it was refused.",
+            "",
+            f"configs: {configuration.config_directory()}",
+            f"recipes: {configuration.recipe_directory()}",
         ]
     )
 

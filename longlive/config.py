@@ -25,17 +25,13 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def config_directory() -> Path:
-    """The folder of the primary config files: inside the package in a wheel, beside it in a checkout.
+    """The folder of the primary config files, from any working directory."""
+    return _installed("conf")
 
-    Raises:
-        FileNotFoundError: if the installation has neither.
-    """
-    for directory in (_PACKAGE / "conf", _PACKAGE.parent / "conf"):
-        if directory.is_dir():
-            return directory
-    raise FileNotFoundError(
-        f"no conf/ inside {_PACKAGE} or beside it: the installation is incomplete; install longlive again"
-    )
+
+def recipe_directory() -> Path:
+    """The folder of the recipes: runs worth repeating, with their commands and their numbers."""
+    return _installed("recipes")
 
 
 def compose(name: str, overrides: Sequence[str] = (), extra_directory: str | Path | None = None) -> DictConfig:
@@ -92,6 +88,14 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
         omegaconf.errors.MissingMandatoryValue: if a `???` was not given.
     """
     return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+
+
+def _installed(name: str) -> Path:
+    """A folder that lies inside the package in a wheel, and beside it in a checkout."""
+    for directory in (_PACKAGE / name, _PACKAGE.parent / name):
+        if directory.is_dir():
+            return directory
+    raise FileNotFoundError(f"no {name}/ inside {_PACKAGE} or beside it: the installation is incomplete; install again")
 
 
 def _directories(extra_directory: str | Path | None) -> Iterator[Path]:
