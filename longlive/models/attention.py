@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -35,9 +35,10 @@ from longlive.models.visibility import (
     token_mask,
 )
 from longlive.models.wan.rope import Rotation
-from longlive.typing import Bool, Heads, Int, Tensor
+from longlive.typing import Bool, Float, Heads, Int, Tensor
 
 
+@runtime_checkable
 class SelfAttention(Protocol):
     """What a transformer block calls for its self-attention."""
 
@@ -55,8 +56,13 @@ class SelfAttention(Protocol):
         ...
 
 
-def dense_attention(query: Heads, key: Heads, value: Heads, mask: Bool[Tensor, "#b 1 l k"] | None = None) -> Heads:
-    """Every query sees every key, or those that the mask allows; all `[b l n e]`."""
+def dense_attention(
+    query: Heads,
+    key: Float[Tensor, "b k n e"],
+    value: Float[Tensor, "b k n e"],
+    mask: Bool[Tensor, "#b 1 l k"] | None = None,
+) -> Heads:
+    """Every query sees every key, or those that the mask allows."""
     attended = scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
     )
