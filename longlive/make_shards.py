@@ -1,6 +1,4 @@
-"""`longlive shards`: clips of a source, written as WebDataset shards with an index beside them."""
-
-from pathlib import Path
+"""`longlive shards`: the clips of a source, written as WebDataset shards with an index beside them."""
 
 from omegaconf import DictConfig
 
@@ -9,14 +7,17 @@ from longlive.data.shards import write_shards
 
 
 def make_shards(config: DictConfig) -> None:
-    """Write the shards that `conf/shards.yaml` describes; an interrupted run continues.
+    """Write the shards that `conf/shards.yaml` describes; an interrupted run continues, a finished one is left alone.
 
     Raises:
-        ValueError: if a setting is wrong, or (with `strict`) if a clip cannot be read.
+        ValueError: if a setting is wrong, or the directory holds shards of other settings.
+        UnreadableClipError: with `strict`, at the first clip that cannot be read; always, if none can be.
     """
-    write_shards(
+    index = write_shards(
         instantiate(config.source),
-        directory=Path(config.directory),
+        config.directory,
         clips_per_shard=config.clips_per_shard,
+        quality=config.quality,
         strict=config.strict,
     )
+    print(f"{len(index.samples)} clips in {config.directory}, {len(index.skipped)} unreadable ones skipped")
