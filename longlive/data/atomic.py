@@ -8,7 +8,8 @@ from pathlib import Path
 
 @contextmanager
 def write_aside(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; what was written there becomes `path` when the block ends without an error.
+    """Yield a temporary path next to `path`; what was written there becomes `path` when the block ends without an
+    error.
 
     The temporary name is hidden and fixed, so the leftovers of a killed process are overwritten by the next one.
     """

@@ -1,10 +1,10 @@
 """What Lightning gets: one endless stream of training batches, and a finite one for validation.
 
-Lightning never sees an epoch of the training data; ours are internal to the readers. So a run is measured in steps, and the position
-in the data is one number: samples consumed, over all ranks. At a checkpoint it is counted from the batches that were trained on
-(`batch_progress`), not from those that the loader has prefetched. A resumed run therefore draws exactly the samples that the
-interrupted one would have drawn next, also with another number of workers or, for the indexed reader, of ranks. (StatefulDataLoader
-would save one rank's loader state, tied to its number of workers.)
+Lightning never sees an epoch of the training data; ours are internal to the readers. So a run is measured in steps,
+and the position in the data is one number: samples consumed, over all ranks. At a checkpoint it is counted from the
+batches that were trained on (`batch_progress`), not from those that the loader has prefetched. A resumed run therefore
+draws exactly the samples that the interrupted one would have drawn next, also with another number of workers or, for
+the indexed reader, of ranks. (StatefulDataLoader would save one rank's loader state, tied to its number of workers.)
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import DataLoader
 
-from longlive.data.indexed import FinitePositionBatches, IndexedShards, PositionBatches
+from longlive.data.indexed import IndexedShards
+from longlive.data.order import FinitePositionBatches, PositionBatches
+from longlive.data.reader import ShardReader
 from longlive.data.sample import ClipSpec, collate
 from longlive.data.shards import is_local
+from longlive.data.streamed import StreamedShards
 
 Locations = str | Path | Sequence[str | Path] | None
 
@@ -39,6 +42,7 @@ class VideoDataModule(LightningDataModule):
         seed: of the order and of the temporal crops.
         reader: `"indexed"` (local directories), `"streamed"` (anything WebDataset can open), or `"auto"`.
         temporal_ratio: raw frames per frame, the codec's.
+        decoder: `"pyav"`, or `"decord"` (decord where it is frame-accurate, PyAV elsewhere).
 
     Raises:
         ValueError: if the sizes do not fit together or the reader does not fit the location.
@@ -60,9 +64,10 @@ class VideoDataModule(LightningDataModule):
         seed: int = 0,
         reader: str = "auto",
         temporal_ratio: int = 4,
+        decoder: str = "pyav",
     ) -> None:
         super().__init__()
-        self.spec = ClipSpec(num_frames, chunk_frames, height, width, fps, temporal_ratio)
+        self.spec = ClipSpec(num_frames, chunk_frames, height, width, fps, temporal_ratio, decoder)
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if num_workers < 0:
@@ -70,10 +75,17 @@ class VideoDataModule(LightningDataModule):
         if reader not in ("auto", "indexed", "streamed"):
             raise ValueError(f"reader={reader!r} is unknown; use 'auto', 'indexed' or 'streamed'")
         self.batch_size, self.num_workers, self.seed, self.reader = batch_size, num_workers, seed, reader
+        remote = [str(location) for location in (*_as_list(train), *_as_list(val)) if not is_local(location)]
+        if reader == "indexed" and remote:
+            raise ValueError(
+                f"reader='indexed' needs local directories, {remote[0]} is none; use reader='streamed' or 'auto'"
+            )
         self.locations = {"train": _as_list(train), "val": _as_list(val)}
         if not any(self.locations.values()):
-            raise ValueError("neither train nor val is given; name a directory of shards (`longlive shards` writes one)")
-        self._datasets: dict[str, IndexedShards] = {}
+            raise ValueError(
+                "neither train nor val is given; name a directory of shards (`longlive shards` writes one)"
+            )
+        self._datasets: dict[str, ShardReader] = {}
         self._samples_at_start = 0
         self._batches_at_start = 0
 
@@ -93,15 +105,30 @@ class VideoDataModule(LightningDataModule):
         for name in names:
             if self.locations[name] and name not in self._datasets:
                 self._datasets[name] = self._open(name)
-        if self.trainer is not None and self.data_parallel()[1] > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+        if (
+            self.trainer is not None
+            and self.data_parallel()[1] > 1
+            and self.trainer._accelerator_connector.use_distributed_sampler
+        ):
             raise ValueError(
                 "Trainer(use_distributed_sampler=True) would replace the data order by Lightning's own; "
                 "set use_distributed_sampler=False, the data module splits by data rank itself"
             )
 
-    def _open(self, name: str) -> IndexedShards:
-        locations = self.locations[name]
-        return IndexedShards(locations, self.spec, seed=self.seed, shuffle=name == "train")
+    def _open(self, name: str) -> ShardReader:
+        locations, shuffle = self.locations[name], name == "train"
+        if self.reader == "indexed" or (self.reader == "auto" and all(map(is_local, locations))):
+            return IndexedShards(locations, self.spec, seed=self.seed, shuffle=shuffle)
+        data_rank, data_size = self.data_parallel()
+        return StreamedShards(
+            locations,
+            self.spec,
+            seed=self.seed,
+            shuffle=shuffle,
+            batch_size=self.batch_size,
+            data_rank=data_rank,
+            data_size=data_size,
+        )
 
     @property
     def num_unreadable(self) -> int:
@@ -117,7 +144,7 @@ class VideoDataModule(LightningDataModule):
     def _num_trained_batches(self) -> int:
         if self.trainer is None:
             return self._batches_at_start
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the data. `num_batches` is Lightning's own count at that moment, which it restores too."""
@@ -137,9 +164,9 @@ class VideoDataModule(LightningDataModule):
         if "val" not in self._datasets:
             return []
         dataset = self._datasets["val"]
-        return self._loader(dataset, FinitePositionBatches(dataset.num_samples, self.batch_size, *self.data_parallel()))
+        return self._loader(dataset, FinitePositionBatches(len(dataset), self.batch_size, *self.data_parallel()))
 
-    def _loader(self, dataset: IndexedShards, batches: PositionBatches) -> DataLoader[Any]:
+    def _loader(self, dataset: ShardReader, batches: PositionBatches | FinitePositionBatches) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_sampler=batches,

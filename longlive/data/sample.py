@@ -1,14 +1,13 @@
 """One sample: the members of a tar become raw frames, prompts and shots of the size that training asks for.
 
-Time first: the source's frames are resampled to the config's rate by their time stamps, a window of the clip's length is chosen
-(by `rng` from the sample and the epoch), and only those frames are decoded. A clip that is too short repeats its last
-frame, and says how many frames are real. Then space: the centre is cut to the wanted aspect ratio and scaled.
+Time first: the source's frames are resampled to the config's rate by their time stamps, a window of the clip's length
+is chosen (by `rng` from the sample and the epoch), and only those frames are decoded. A clip that is too short repeats
+its last frame, and says how many frames are real. Then space: the centre is cut to the wanted aspect ratio and scaled.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,13 +19,8 @@ from longlive.data.batch import VideoBatch
 from longlive.data.shards import video_suffix
 from longlive.data.shots import Shot, shots_of_chunks
 from longlive.data.sources import shots_from_caption
-from longlive.data.video import UnreadableVideoError, open_video
+from longlive.data.video import UnreadableVideoError, check_decoder, open_video
 from longlive.typing import Tensor, UInt8
-
-logger = logging.getLogger(__name__)
-
-MAX_UNREADABLE_IN_A_ROW = 1000
-"""After so many, the shards are at fault and not single samples."""
 
 
 class UnreadableSampleError(Exception):
@@ -43,6 +37,7 @@ class ClipSpec:
         height, width: pixels.
         fps: raw frames per second.
         temporal_ratio: the codec's.
+        decoder: as `open_video`'s.
     """
 
     num_frames: int
@@ -51,8 +46,10 @@ class ClipSpec:
     width: int
     fps: float
     temporal_ratio: int = 4
+    decoder: str = "pyav"
 
     def __post_init__(self) -> None:
+        check_decoder(self.decoder)
         for name in ("num_frames", "chunk_frames", "height", "width", "fps", "temporal_ratio"):
             value = getattr(self, name)
             if not value > 0:
@@ -110,7 +107,7 @@ def resample(timestamps: np.ndarray, source_fps: float, fps: float) -> np.ndarra
 
 
 def crop_in_time(num_available: int, num_wanted: int, seed: int, epoch: int, sample_id: int) -> list[int]:
-    """Positions of the raw frames to take: a random window if there are more than wanted, else all and the last one repeated."""
+    """Positions of the raw frames to take: a random window of the wanted length, or all and the last one repeated."""
     if num_available > num_wanted:
         start = rng.integer(num_available - num_wanted + 1, seed, "crop", step=epoch, sample=sample_id)
         return list(range(start, start + num_wanted))
@@ -149,7 +146,8 @@ def decode_sample(
         seed, epoch, sample_id: name the choice of the window.
 
     Raises:
-        UnreadableSampleError: if a member is missing or broken, the video does not decode, or the json describes another video.
+        UnreadableSampleError: if a member is missing or broken, the video does not decode, or the json describes
+            another video.
     """
     suffix = video_suffix(members)
     if suffix is None or "json" not in members:
@@ -158,9 +156,11 @@ def decode_sample(
         fields = json.loads(members["json"])
         num_raw_frames = int(fields["num_raw_frames"])
         shots: tuple[Shot, ...] = shots_from_caption({"shots": fields["shots"]}, num_raw_frames)
-        with open_video(members[suffix]) as video:
+        with open_video(members[suffix], spec.decoder) as video:
             if video.num_raw_frames != num_raw_frames:
-                raise UnreadableSampleError(f"the video has {video.num_raw_frames} raw frames, its json says {num_raw_frames}")
+                raise UnreadableSampleError(
+                    f"the video has {video.num_raw_frames} raw frames, its json says {num_raw_frames}"
+                )
             at_rate = resample(video.index.timestamps, video.fps, spec.fps)
             positions = crop_in_time(len(at_rate), spec.num_raw_frames, seed, epoch, sample_id)
             indices = [int(at_rate[position]) for position in positions]
@@ -176,20 +176,3 @@ def decode_sample(
         num_valid_frames=1 + (num_valid_raw_frames - 1) // spec.temporal_ratio,
         sample_id=sample_id,
     )
-
-
-class UnreadableSamples:
-    """Counts unreadable samples across the worker processes of one loader, and logs each of them once."""
-
-    def __init__(self, num_samples: int) -> None:
-        self._is_reported = torch.zeros(num_samples, dtype=torch.uint8).share_memory_()
-
-    def report(self, sample_id: int, key: str, error: Exception) -> None:
-        if not self._is_reported[sample_id]:
-            self._is_reported[sample_id] = 1
-            logger.warning("unreadable sample %s, taking the next one: %s", key, error)
-
-    @property
-    def count(self) -> int:
-        """Distinct unreadable samples met so far."""
-        return int(self._is_reported.sum())

@@ -1,13 +1,13 @@
 """WebDataset shards: `shard-000000.tar`, ... of `<key>.mp4` + `<key>.json`, and one index, `shards.json`.
 
-The index says for every sample where its members lie in which shard, so a local reader needs no tar parser and a remote one knows
-every shard's length without opening it.
+The index says for every sample where its members lie in which shard, so a local reader needs no tar parser and a
+remote one knows every shard's length without opening it.
 
-Writing survives a kill at any moment. Shard `s` holds the clips `s n .. (s + 1) n - 1` of the source. It is written under a hidden
-name; when it is complete, the tar is renamed, then its part of the index becomes visible (`.parts/`). A restart skips the shards
-whose part exists and writes the others again; encoding is deterministic, so the result equals an uninterrupted run byte for
-byte. `shards.json` comes last and the parts go. What the interrupted run was asked for is kept too (`.parts/plan.json`):
-continuing with other settings, or another source, is an error and no mixture.
+Writing survives a kill at any moment. Shard `s` holds the clips `s n .. (s + 1) n - 1` of the source. It is written
+under a hidden name; when it is complete, the tar is renamed, then its part of the index becomes visible (`.parts/`). A
+restart skips the shards whose part exists and writes the others again; encoding is deterministic, so the result equals
+an uninterrupted run byte for byte. `shards.json` comes last and the parts go. What the interrupted run was asked for
+is kept too (`.parts/plan.json`): continuing with other settings, or another source, is an error and no mixture.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ShardSample:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What `shards.json` holds: samples in the order in which they lie in the shards, and the clips that were skipped."""
+    """What `shards.json` holds: samples in the order of the shards, and the clips that were skipped."""
 
     samples: tuple[ShardSample, ...]
     skipped: tuple[tuple[str, str], ...] = ()
@@ -81,7 +81,9 @@ class ShardIndex:
         """
         version = content.get("format_version")
         if version != FORMAT_VERSION:
-            raise ValueError(f"{origin} has format_version={version}, this release reads {FORMAT_VERSION}; write the shards again")
+            raise ValueError(
+                f"{origin} has format_version={version}, this release reads {FORMAT_VERSION}; write the shards again"
+            )
         try:
             samples = tuple(
                 ShardSample(
@@ -163,7 +165,9 @@ def write_shards(
             samples += index.samples
             skipped += index.skipped
     if not samples:
-        raise UnreadableClipError(skipped[0][0], f"none of the {num_clips} clips is readable; the first: {skipped[0][1]}")
+        raise UnreadableClipError(
+            skipped[0][0], f"none of the {num_clips} clips is readable; the first: {skipped[0][1]}"
+        )
     index = ShardIndex(tuple(samples), tuple(skipped))
     _check_unique(index)
     if skipped:
@@ -189,7 +193,11 @@ def _write_shard(
     with write_aside(directory / name) as temporary:
         # ShardWriter takes a %-pattern and would add its own numbers: the name is complete here.
         writer = webdataset.ShardWriter(
-            str(temporary).replace("%", "%%") + "%.0s", maxcount=len(clips) + 1, maxsize=float("inf"), verbose=0, mtime=0
+            str(temporary).replace("%", "%%") + "%.0s",
+            maxcount=len(clips) + 1,
+            maxsize=float("inf"),
+            verbose=0,
+            mtime=0,
         )
         with writer:
             for clip_index in clips:
@@ -256,8 +264,8 @@ def load_index(location: str | Path) -> ShardIndex:
     """The index of a shard set.
 
     Args:
-        location: a directory, the URL of one (`https://host/folder`), or a WebDataset command with `{}` where the file's name
-            goes (`pipe:aws s3 cp s3://bucket/folder/{} -`).
+        location: a directory, the URL of one (`https://host/folder`), or a WebDataset command with `{}` where the
+            file's name goes (`pipe:aws s3 cp s3://bucket/folder/{} -`).
 
     Raises:
         FileNotFoundError: if the directory or its index is missing.
@@ -269,8 +277,8 @@ def load_index(location: str | Path) -> ShardIndex:
             raise FileNotFoundError(f"{location} is no directory; `longlive shards` writes one")
         if not Path(origin).exists():
             raise FileNotFoundError(
-                f"{location} holds no {INDEX_NAME}: it was not written by `longlive shards`, or that run was interrupted; "
-                "run it (again), it continues where it stopped"
+                f"{location} holds no {INDEX_NAME}: `longlive shards` did not write it or was interrupted; "
+                "run it, it continues where it stopped"
             )
         text = Path(origin).read_bytes()
     else:
@@ -309,14 +317,17 @@ def _fingerprint(source: ClipSource, index: int) -> str:
     except UnreadableClipError as error:
         return f"unreadable {error.key}"
     digest = hashlib.blake2b(repr((clip.key, clip.fps, clip.shots, clip.suffix)).encode(), digest_size=16)
-    digest.update(clip.video_bytes if clip.video_bytes is not None else clip.frames.numpy().tobytes())
+    for content in (clip.video_bytes, clip.frames.numpy().tobytes() if clip.frames is not None else None):
+        digest.update(content or b"")
     return digest.hexdigest()
 
 
 def _check_plan(found: Mapping[str, Any] | None, asked: Mapping[str, Any], directory: Path, what: str) -> None:
     if found is None:
         raise ValueError(f"{directory} {what} that this writer did not make; choose another directory")
-    different = [f"{name}: {found.get(name)} there, {value} now" for name, value in asked.items() if found.get(name) != value]
+    different = [
+        f"{name}: {found.get(name)} there, {value} now" for name, value in asked.items() if found.get(name) != value
+    ]
     if different:
         raise ValueError(
             f"{directory} {what} of other settings or another source ({'; '.join(different)}); "

@@ -1,12 +1,14 @@
 """Shots of a clip, and what they say about its chunks.
 
-A shot is a run of source raw frames with one caption. A chunk belongs to the shot that covers most of its raw frames (the
-earlier one if two cover the same number), so every chunk has exactly one prompt, and a scene cut always lies on a chunk border.
+A shot is a run of source raw frames with one caption. A chunk belongs to the shot that covers most of its raw frames
+(the earlier one if two cover the same number), so every chunk has exactly one prompt, and a scene cut always lies on a
+chunk border.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,16 @@ class Shot:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end:
-            raise ValueError(f"shot start={self.start}, end={self.end}: a shot needs 0 <= start < end (end is exclusive)")
+            raise ValueError(
+                f"shot start={self.start}, end={self.end}: a shot needs 0 <= start < end (end is exclusive)"
+            )
 
 
 def check_shots(shots: Sequence[Shot], num_raw_frames: int) -> None:
     """Raise a `ValueError` unless the shots are a non-empty, ascending list without overlap inside the clip."""
     if not shots:
         raise ValueError("a clip needs at least one shot with a caption; give {'caption': ...} or {'shots': [...]}")
-    for earlier, later in zip(shots[:-1], shots[1:], strict=True):
+    for earlier, later in pairwise(shots):
         if later.start < earlier.end:
             raise ValueError(
                 f"shot [{later.start}, {later.end}) starts before [{earlier.start}, {earlier.end}) ends; "
@@ -58,8 +62,8 @@ def shots_of_chunks(
         temporal_ratio: r, raw frames per frame.
 
     Returns:
-        `prompts[chunk]` and `shot_index[chunk]`; shots are numbered from 0 in the order in which chunks show them. A chunk
-        that no shot covers (a gap in the captions) continues the chunk before it, or takes the first shot.
+        `prompts[chunk]` and `shot_index[chunk]`; shots are numbered from 0 in the order in which chunks show them. A
+        chunk that no shot covers (a gap in the captions) continues the chunk before it, or takes the first shot.
     """
     num_frames = 1 + (len(raw_indices) - 1) // temporal_ratio
     owners: list[int] = []

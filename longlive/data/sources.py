@@ -1,7 +1,8 @@
 """Where clips come from before they are shards: the clip that every source yields, and the folder source.
 
-A source is a sequence: `len(source)` clips, `source[i]` the same clip every time. So an interrupted shard writer continues where
-it stopped. A clip that cannot be read raises `UnreadableClipError`, which names it; the writer counts and skips it.
+A source is a sequence: `len(source)` clips, `source[i]` the same clip every time. So an interrupted shard writer
+continues where it stopped. A clip that cannot be read raises `UnreadableClipError`, which names it; the writer counts
+and skips it.
 """
 
 import json
@@ -68,9 +69,11 @@ def shots_from_caption(caption: Mapping[str, Any], num_raw_frames: int) -> tuple
         ValueError: if it holds neither or both, or the shots do not fit the clip.
     """
     if ("caption" in caption) == ("shots" in caption):
-        raise ValueError(f"a caption file holds either 'caption' or 'shots', exactly one of them; got {sorted(caption)}")
+        raise ValueError(
+            f"a caption file holds either 'caption' or 'shots', exactly one of them; got {sorted(caption)}"
+        )
     if "caption" in caption:
-        shots = (Shot(0, num_raw_frames, str(caption["caption"])),)
+        shots: tuple[Shot, ...] = (Shot(0, num_raw_frames, str(caption["caption"])),)
     else:
         try:
             shots = tuple(Shot(int(shot["start"]), int(shot["end"]), str(shot["caption"])) for shot in caption["shots"])
@@ -94,9 +97,12 @@ class FolderSource(Sequence[SourceClip]):
         self.path = Path(path)
         videos = self.path / "video"
         if not videos.is_dir():
-            raise FileNotFoundError(f"{videos} is no folder; expected video/<name>/*.mp4 and caption/<name>/*.json in {path}")
+            raise FileNotFoundError(
+                f"{videos} is no folder; expected video/<name>/*.mp4 and caption/<name>/*.json in {path}"
+            )
         self.videos = sorted(
-            (file for file in videos.glob("*/*") if file.suffix[1:].lower() in VIDEO_SUFFIXES), key=lambda file: file.parts
+            (file for file in videos.glob("*/*") if file.suffix[1:].lower() in VIDEO_SUFFIXES),
+            key=lambda file: file.parts,
         )
         if not self.videos:
             raise ValueError(f"{videos} holds no clip; expected <name>/*.{{{','.join(VIDEO_SUFFIXES)}}}")

@@ -1,0 +1,107 @@
+"""Who reads what, and when: pure functions of (seed, epoch, position, data rank, data size), and the batch samplers.
+
+A *position* counts samples over all ranks since the first step of a run. Data rank r of R reads the positions
+r, r + R, r + 2R, ... in batches of B, so step i consumes the positions `i B R .. (i + 1) B R - 1` whatever R is.
+
+The indexed reader looks a position up in one global order: the epochs' permutations, one after the other. The streamed
+reader cannot jump, so a data rank splits its shards into a few *lanes*, each read front to back: batch i of the rank
+comes from lane `i mod L`. L depends on the shards alone, so the order does not depend on the number of workers; where
+that number divides L, no worker reads what another one reads too.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+from longlive import rng
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> Sequence[int]:
+    """The indexed reader's order of one epoch: a permutation of all samples."""
+    return rng.permutation(num_samples, seed, "data_order", step=epoch).tolist()
+
+
+def num_lanes(num_shards: int, data_size: int) -> int:
+    """Lanes per data rank: 8, 4, 2 or 1, the most that leave every lane a shard in every epoch.
+
+    Raises:
+        ValueError: if there are fewer shards than data ranks.
+    """
+    if num_shards < data_size:
+        raise ValueError(
+            f"streamed reading needs a shard per data rank, got {num_shards} shards for {data_size} ranks; "
+            "write more shards (smaller clips_per_shard), or read them with reader=indexed from a local directory"
+        )
+    return next(lanes for lanes in (8, 4, 2, 1) if lanes * data_size <= num_shards)
+
+
+def lane_shards(num_shards: int, seed: int, epoch: int, lane: int, lanes: int) -> list[int]:
+    """Shards of one lane, of all ranks' `lanes`, in one epoch: every `lanes`-th of a permutation of all shards."""
+    return rng.permutation(num_shards, seed, "shard_order", step=epoch).tolist()[lane::lanes]
+
+
+def place_in_lane(position: int, data_size: int, batch_size: int, lanes: int) -> tuple[int, int]:
+    """Lane of its rank, and offset in that lane's endless stream, of a position."""
+    batch, place = divmod(position // data_size, batch_size)
+    turn, lane = divmod(batch, lanes)
+    return lane, turn * batch_size + place
+
+
+def buffer_shuffle(num_samples: int, buffer_size: int, generator: torch.Generator) -> list[int]:
+    """The order in which a shuffle buffer lets go what comes in as 0, 1, 2, ...
+
+    The buffer fills, then lets one go for every one that comes in: at place p of the order stands one of 0 .. p +
+        buffer_size.
+    """
+    draws = torch.rand(num_samples, generator=generator, dtype=torch.float64).tolist()
+    order: list[int] = []
+    waiting: list[int] = []
+    for arrival in range(num_samples + buffer_size):
+        if arrival < num_samples:
+            waiting.append(arrival)
+        if waiting and arrival >= buffer_size:
+            chosen = int(draws[len(order)] * len(waiting))
+            waiting[chosen], waiting[-1] = waiting[-1], waiting[chosen]
+            order.append(waiting.pop())
+    return order
+
+
+class PositionBatches(Sampler[list[int]]):
+    """Endless batches of positions of one data rank.
+
+    Args:
+        start: asked at the beginning of every iteration: samples consumed so far, over all ranks.
+        batch_size: samples per batch of this rank.
+        data_rank, data_size: which share of the positions is this rank's.
+    """
+
+    def __init__(self, start: Callable[[], int], batch_size: int, data_rank: int, data_size: int) -> None:
+        self.start, self.batch_size, self.data_rank, self.data_size = start, batch_size, data_rank, data_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start()
+        global_batch = self.batch_size * self.data_size
+        while True:
+            yield list(range(first + self.data_rank, first + global_batch, self.data_size))
+            first += global_batch
+
+
+class FinitePositionBatches(Sampler[list[int]]):
+    """The batches that cover `num_samples` positions.
+
+    Every rank gets the same number of full batches, so the last ones may hold positions beyond the end; the readers
+    mark those as padding.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, data_rank: int, data_size: int) -> None:
+        self.batch_size, self.data_rank, self.data_size = batch_size, data_rank, data_size
+        self.num_batches = -(-num_samples // (batch_size * data_size))
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        global_batch = self.batch_size * self.data_size
+        for first in range(0, self.num_batches * global_batch, global_batch):
+            yield list(range(first + self.data_rank, first + global_batch, self.data_size))

@@ -1,0 +1,119 @@
+"""What the two readers share: samples by position, and what happens when one is unreadable.
+
+An unreadable sample is counted, logged once with its key, and replaced by the next readable one of the order (which
+still comes at its own place too), so the others stay where they are, on every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from longlive.data.sample import ClipSpec, UnreadableSampleError, VideoSample, decode_sample
+from longlive.data.shards import ShardSample, load_index
+
+logger = logging.getLogger(__name__)
+
+MAX_UNREADABLE_IN_A_ROW = 1000
+"""After so many, the shards are at fault and not single samples."""
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A line of the index, and where its shard set is."""
+
+    location: str | Path
+    entry: ShardSample
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sample that was read, before it is decoded. `members` is what went wrong if reading failed."""
+
+    sample_id: int
+    epoch: int
+    members: Mapping[str, bytes] | UnreadableSampleError
+
+
+class UnreadableSamples:
+    """Counts unreadable samples across the worker processes of a loader, and logs each of them once."""
+
+    def __init__(self, num_samples: int) -> None:
+        self._is_reported = torch.zeros(num_samples, dtype=torch.bool).share_memory_()
+
+    def report(self, sample_id: int, sample: StoredSample, error: UnreadableSampleError) -> None:
+        if not self._is_reported[sample_id]:
+            self._is_reported[sample_id] = True
+            logger.warning(
+                "unreadable sample %s in %s, taking the next one: %s", sample.entry.key, sample.entry.shard, error
+            )
+
+    @property
+    def count(self) -> int:
+        """Distinct unreadable samples met so far."""
+        return int(self._is_reported.sum())
+
+
+class ShardReader(Dataset[VideoSample], ABC):
+    """Samples by position (see `order.py`).
+
+    Args:
+        locations: shard sets, read as one; sample ids count through them in this order.
+        spec: the clip that is wanted.
+        seed: of the order and of the temporal crops.
+        shuffle: whether the order is random. Without it, samples come as they are stored, always with the first
+            epoch's crop, and positions beyond the first epoch (they fill up the last batches) have no valid frame.
+
+    Raises:
+        FileNotFoundError: if a local shard set or its index is missing.
+        ValueError: if an index is broken or empty.
+    """
+
+    def __init__(self, locations: Sequence[str | Path], spec: ClipSpec, *, seed: int, shuffle: bool) -> None:
+        self.spec, self.seed, self.shuffle = spec, seed, shuffle
+        self.samples = [
+            StoredSample(location, entry) for location in locations for entry in load_index(location).samples
+        ]
+        self.unreadable = UnreadableSamples(len(self.samples))
+
+    @abstractmethod
+    def candidates(self, position: int) -> Iterator[Candidate]:
+        """The sample at a position, then those after it in this reader's order, without end; read when asked for."""
+
+    def __len__(self) -> int:
+        """Samples of one epoch."""
+        return len(self.samples)
+
+    def __getitem__(self, position: int) -> VideoSample:
+        """The sample at a position, or the next readable one.
+
+        Raises:
+            RuntimeError: if no sample of the set, or none of the next thousand, is readable.
+        """
+        tries = min(len(self.samples), MAX_UNREADABLE_IN_A_ROW)
+        for candidate in islice(self.candidates(position), tries):
+            try:
+                sample = self._decode(candidate)
+            except UnreadableSampleError as error:
+                self.unreadable.report(candidate.sample_id, self.samples[candidate.sample_id], error)
+                last_error = error
+            else:
+                is_padding = not self.shuffle and position >= len(self.samples)
+                return replace(sample, num_valid_frames=0) if is_padding else sample
+        raise RuntimeError(
+            f"{tries} samples in a row are unreadable, so the shards are at fault and not single samples; "
+            f"the last one: {last_error}"
+        )
+
+    def _decode(self, candidate: Candidate) -> VideoSample:
+        if isinstance(candidate.members, UnreadableSampleError):
+            raise candidate.members
+        epoch = candidate.epoch if self.shuffle else 0
+        return decode_sample(candidate.members, self.spec, seed=self.seed, epoch=epoch, sample_id=candidate.sample_id)
