@@ -1,10 +1,11 @@
-"""The straight path between data and noise, and its velocity: flow matching's one equation, solved for each of its unknowns.
+"""The straight path between data and noise, and its velocity: flow matching's one equation, solved for each of its
+unknowns.
 
     x_t = (1 - sigma) x_0 + sigma eps,    v = dx_t / dsigma = eps - x_0
     x_0 = x_t - sigma v,                  eps = x_t + (1 - sigma) v
 
-(Lipman et al. 2022; Liu et al. 2022, rectified flow.) `sigma` is given per frame, because the chunks of a clip, and the frames
-of an image-to-video clip, have noise levels of their own.
+(Lipman et al. 2022; Liu et al. 2022, rectified flow.) `sigma` is given per frame, because the chunks of a clip, and the
+frames of an image-to-video clip, have noise levels of their own.
 """
 
 from longlive.typing import Float, Latents, PerFrame, Tensor

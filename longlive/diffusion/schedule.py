@@ -4,13 +4,13 @@ With `u` on the uniform grid `1, 1 - 1/N, ..., 1/N` and a shift `s`,
 
     sigma = s u / (1 + (s - 1) u),        timestep = 1000 sigma.
 
-A shift above 1 spends more of the grid at high noise, where the layout of a video is decided; long token sequences need more
-of it (Esser et al. 2024, section 5.3; Wan2.2 uses 5). The same map carries the training grid of N points and the rollout grid
-of n steps, so a model never meets a noise level in rollout that lies outside those it was trained on.
+A shift above 1 spends more of the grid at high noise, where the layout of a video is decided; long token sequences need
+more of it (Esser et al. 2024, section 5.3; Wan2.2 uses 5). The same map carries the training grid of N points and the
+rollout grid of n steps, so a model never meets a noise level in rollout that lies outside those it was trained on.
 
-The training loss is weighted by `w(t) = exp(-2 ((t - 500) / 1000)^2)`, minus its minimum over the grid, scaled so that the
-grid's mean is 1: the two ends, nearly free of information, count little, and the mean loss keeps its scale (LongLive-2.0's
-public training code).
+The training loss is weighted by `w(t) = exp(-2 ((t - 500) / 1000)^2)`, minus its minimum over the grid, scaled so that
+the grid's mean is 1: the two ends, nearly free of information, count little, and the mean loss keeps its scale
+(LongLive-2.0's public training code).
 
 Computed in float64, kept in float32.
 """

@@ -1,13 +1,14 @@
 """Solvers of the sampling ODE `dx/dsigma = v`, stepped from noise (sigma 1) to latents (sigma 0) on the rollout grid.
 
-*Euler* follows the velocity straight to the next noise level. *UniPC* (Zhao et al. 2023; order 2, `bh2`, as diffusers runs it
-for Wan) predicts with the previous velocity too and corrects each step when the next velocity is known, at the same number of
-network calls: the choice for few steps.
+*Euler* follows the velocity straight to the next noise level. *UniPC* (Zhao et al. 2023; order 2, `bh2`, as diffusers
+runs it for Wan) predicts with the previous velocity too and corrects each step when the next velocity is known, at the
+same number of network calls: the choice for few steps.
 
-UniPC is diffusers' `UniPCMultistepScheduler`. What this file adds is that every chunk starts a fresh multistep history, that
-its grid is ours (diffusers' own `linspace` ends at `1/1000` of the training grid and so depends on two numbers of steps), that
-timesteps stay fractional (diffusers rounds them to integers), and that the mathematics runs in the latents' dtype, float32,
-whatever the dtype in which the network answers. diffusers lowers the first sigma by 1e-6 to keep a logarithm finite.
+UniPC is diffusers' `UniPCMultistepScheduler`. What this file adds is that every chunk starts a fresh multistep history,
+that its grid is ours (diffusers' own `linspace` ends at `1/1000` of the training grid and so depends on two numbers of
+steps), that timesteps stay fractional (diffusers rounds them to integers), and that the mathematics runs in the
+latents' dtype, float32, whatever the dtype in which the network answers. diffusers lowers the first sigma by 1e-6 to
+keep a logarithm finite.
 """
 
 from abc import ABC, abstractmethod
@@ -41,13 +42,15 @@ class Solver(ABC):
     def __iter__(self) -> Iterator[tuple[float, float]]:
         """Yields `(timestep, sigma)` before each step. A new iteration forgets the last one's history."""
         self._restart()
-        for self._index in range(self.num_steps):
-            yield TIMESTEP_SCALE * self.sigmas[self._index], self.sigmas[self._index]
+        for index, sigma in enumerate(self.sigmas[:-1]):
+            self._index = index
+            yield TIMESTEP_SCALE * sigma, sigma
 
     @abstractmethod
     def step(self, velocity: Latents, x: Latents) -> Latents:
         """The latents at the next noise level, in the dtype of `x`."""
 
+    @abstractmethod
     def _restart(self) -> None:
         """Forget the history of earlier steps."""
 
@@ -57,6 +60,9 @@ class EulerSolver(Solver):
 
     def step(self, velocity: Latents, x: Latents) -> Latents:
         return x + (self.sigmas[self._index + 1] - self.sigmas[self._index]) * velocity.to(x.dtype)
+
+    def _restart(self) -> None:
+        """Every step stands for itself."""
 
 
 class UniPCSolver(Solver):

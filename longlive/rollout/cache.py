@@ -1,22 +1,24 @@
 """The KV cache of a rollout: per layer a ring of slots, one chunk per slot, and nothing is ever shifted.
 
-A pass over chunk c opens a `ChunkView`: the slot that c takes, and the leading slots of the ring, which are exactly what c sees
-plus that slot (`sinks.py` says why). Keys and values of the pass's own tokens go into the own slot, and one dense
-`scaled_dot_product_attention` without a mask runs over the slice: attention does not care for the order of keys. Two modes:
+A pass over chunk c opens a `ChunkView`: the slot that c takes, and the leading slots of the ring, which are exactly
+what c sees plus that slot (`sinks.py` says why). Keys and values of the pass's own tokens go into the own slot, and one
+dense `scaled_dot_product_attention` without a mask runs over the slice: attention does not care for the order of keys.
+Two modes:
 
 - *denoise*: what lies in the own slot is scratch, overwritten by every solver step. The slot table does not list it.
 - *context* (`write=True`): the pass over the finished chunk at timestep 0. The slot keeps what it writes, and
   `ChunkView.commit` enters the chunk in the table.
 
-Under autograd the slice is copied before the own keys enter it, so a graph holds what its pass has read, whatever is written to
-the ring later.
+Under autograd the slice is copied before the own keys enter it, so a graph holds what its pass has read, whatever is
+written to the ring later.
 
-**RoPE.** Absolute: keys are cached after rotation, at the chunk's frame plus its shot's offset. Relative: keys are cached
-unrotated, and the view rotates them once, at positions counted inside the visible list (`sinks.relative_positions`); the rotated
-keys live as long as the view. LongLive-2.0 counts its relative positions in the same way.
+**RoPE.** Absolute: keys are cached after rotation, at the chunk's frame plus its shot's offset. Relative: keys are
+cached unrotated, and the view rotates them once, at positions counted inside the visible list
+(`sinks.relative_positions`); the rotated keys live as long as the view.
 
-**Memory** is allocated once: `2 layers batch slots tokens_per_chunk dim` numbers. Guidance doubles the batch (the unconditional
-rows follow the conditional ones); a head-sharded rank asks for its own heads only. How a slot is stored is behind `SlotStorage`.
+**Memory** is allocated once: `2 layers batch slots tokens_per_chunk dim` numbers. Guidance doubles the batch (the
+unconditional rows follow the conditional ones); a head-sharded rank asks for its own heads only. How a slot is stored
+is behind `SlotStorage`.
 """
 
 from abc import ABC, abstractmethod
@@ -162,8 +164,8 @@ class KeyValueCache:
             shot_index: per sample the shot of every chunk up to this one.
 
         Raises:
-            ValueError: if the chunk sees an earlier one that was never written, or finds no slot (more chunks than the cache
-                was made for).
+            ValueError: if the chunk sees an earlier one that was never written, or finds no slot (more chunks than the
+                cache was made for).
         """
         # Samples with one table and the same shots share all decisions; batches of one shot decide once.
         decisions: dict[tuple[SlotTable, tuple[int, ...]], tuple[int, SlotTable, list[float], float]] = {}

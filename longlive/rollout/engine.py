@@ -4,17 +4,19 @@ One chunk is (design: LongLive-2.0, arXiv 2605.18739)
 
     noise -> n solver steps, each one network call over [visible cache | the chunk] -> context pass at timestep 0
 
-and the context pass writes the finished chunk into the cache. A cached pass equals the teacher-forcing forward of the same tokens
-with the same window and sinks: training and rollout share `models.visibility`.
+and the context pass writes the finished chunk into the cache. A cached pass equals the teacher-forcing forward of the
+same tokens with the same window and sinks: training and rollout share `models.visibility`.
 
-`RolloutEngine.generate` and `.rollout` are the loop; they compute no gradients. Its parts (`start`, `open_chunk`, `velocity`, `write`)
-are public and leave gradients to the caller, for losses on rollouts and for sessions whose prompts come while they run.
+`RolloutEngine.generate` and `.rollout` are the loop; they compute no gradients. Its parts (`start`, `open_chunk`,
+`velocity`, `write`) are public and leave gradients to the caller, for losses on rollouts and for sessions whose prompts
+come while they run.
 
-**Guidance** runs the conditional and the unconditional branch as one forward of twice the rows with one cache of twice the rows: on
-small models the call count is what costs. The unconditional branch sees its own history, cached under the negative prompt.
+**Guidance** runs the conditional and the unconditional branch as one forward of twice the rows with one cache of twice
+the rows: on small models the call count is what costs. The unconditional branch sees its own history, cached under the
+negative prompt.
 
-**Noise** is a function of (seed, sample id, chunk): a sample's video depends neither on the batch it is generated in, nor on how long
-the rollout goes on.
+**Noise** is a function of (seed, sample id, chunk): a sample's video depends neither on the batch it is generated in,
+nor on how long the rollout goes on.
 """
 
 import time
@@ -31,7 +33,10 @@ from longlive.diffusion.solver import SOLVERS, make_solver
 from longlive.models.visibility import VisibilityRule
 from longlive.models.wan.model import CausalWan
 from longlive.rollout.cache import ChunkView, KeyValueCache
-from longlive.typing import Int, Latents, PerFrame, PromptEmbeds, Tensor
+from longlive.typing import Float, Int, Latents, PerFrame, PromptEmbeds, Tensor
+
+NegativeEmbeds = Float[Tensor, "1 negative_s d"]
+"""The prompt of the unconditional branch, with as many text tokens as the other prompts."""
 
 CACHE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -53,8 +58,8 @@ class RolloutSettings:
         cache_dtype: what keys and values are stored in; None: the dtype of the network's parameters.
 
     Raises:
-        ValueError: if a setting is out of range, frames are no multiples of `chunk_frames`, or the window cannot hold the
-            sinks and the chunk itself.
+        ValueError: if a setting is out of range, frames are no multiples of `chunk_frames`, or the window cannot hold
+            the sinks and the chunk itself.
     """
 
     chunk_frames: int
@@ -137,13 +142,11 @@ class ChunkCondition:
         view: what the chunk sees of the cache.
         prompt_embeds: the distinct prompts of this chunk.
         prompt_index: which of them each row gets, `[rows 1]`.
-        frame_positions: RoPE positions `[rows f]`.
     """
 
     view: ChunkView
     prompt_embeds: PromptEmbeds
     prompt_index: Int[Tensor, "rows 1"]
-    frame_positions: PerFrame
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,8 @@ class RolloutEngine:
     """Generates latents with a causal network.
 
     Args:
-        model: the network; its parameters' device and dtype are the rollout's. Whether it is in eval mode is the caller's
-            business.
+        model: the network; its parameters' device and dtype are the rollout's. Whether it is in eval mode is the
+            caller's business.
         settings: see `RolloutSettings`.
         schedule: noise levels; the shift must be the one of training.
     """
@@ -186,11 +189,11 @@ class RolloutEngine:
         self,
         prompt_embeds: PromptEmbeds,
         prompt_index: Int[Tensor, "b p"],
-        shot_index: Int[Tensor, "b p"],
+        shot_index: Int[Tensor, "b chunk"],
         latent_shape: tuple[int, int, int],
         seed: int,
         sample_ids: Sequence[int],
-        negative_embeds: PromptEmbeds | None = None,
+        negative_embeds: NegativeEmbeds | None = None,
         on_chunk: Callable[[ChunkReport], None] | None = None,
     ) -> Generated:
         """The chunks of `rollout` in one tensor, with the time each took. Arguments and errors as there."""
@@ -210,11 +213,11 @@ class RolloutEngine:
         self,
         prompt_embeds: PromptEmbeds,
         prompt_index: Int[Tensor, "b p"],
-        shot_index: Int[Tensor, "b p"],
+        shot_index: Int[Tensor, "b chunk"],
         latent_shape: tuple[int, int, int],
         seed: int,
         sample_ids: Sequence[int],
-        negative_embeds: PromptEmbeds | None = None,
+        negative_embeds: NegativeEmbeds | None = None,
         on_chunk: Callable[[ChunkReport], None] | None = None,
     ) -> Iterator[Latents]:
         """Generate `p` chunks, one after the other; with a window, memory does not grow with their number.
@@ -247,8 +250,7 @@ class RolloutEngine:
                     state, prompt_embeds, prompt_index[:, chunk], shot_index[:, chunk].tolist(), negative_embeds
                 )
                 # Nobody looks back at the last chunk, so it needs no context pass.
-                latents = self._finish(condition, self.noise(state), write=chunk + 1 < num_chunks)
-                state.next_chunk += 1
+                latents = self._finish(state, condition, write=chunk + 1 < num_chunks)
                 if on_chunk is not None:
                     on_chunk(ChunkReport(chunk, num_chunks, self._now() - start))
                 yield latents
@@ -301,10 +303,11 @@ class RolloutEngine:
         prompt_embeds: PromptEmbeds,
         prompt_index: Int[Tensor, " b"],
         shot_index: Sequence[int],
-        negative_embeds: PromptEmbeds | None = None,
+        negative_embeds: NegativeEmbeds | None = None,
     ) -> ChunkCondition:
         """Make room for the next chunk, with the prompt and shot of every sample in it."""
-        state.shot_index = [[*row, shot] for row, shot in zip(state.shot_index, shot_index, strict=True)]
+        past = [row[: state.next_chunk] for row in state.shot_index]
+        state.shot_index = [[*row, shot] for row, shot in zip(past, shot_index, strict=True)]
         branches = 2 if self.settings.guided else 1
         view = state.cache.open(state.next_chunk, state.shot_index * branches)
         # Of a long list of prompts, a chunk needs the few that its samples follow.
@@ -313,7 +316,7 @@ class RolloutEngine:
         if negative_embeds is not None:
             index = torch.cat([index, torch.full_like(index, len(used))])
             embeds = torch.cat([embeds, negative_embeds.to(embeds)])
-        return ChunkCondition(view, embeds, index[:, None], view.frame_positions)
+        return ChunkCondition(view, embeds, index[:, None])
 
     def velocity(self, condition: ChunkCondition, x: Latents, timesteps: PerFrame) -> Latents:
         """One denoise call: the velocity at `x`, guided if the settings say so, float32.
@@ -328,34 +331,37 @@ class RolloutEngine:
         conditional, unconditional = velocity.chunk(2)
         return guide(conditional, unconditional, self.settings.guidance_scale)
 
-    def write(self, condition: ChunkCondition, latents: Latents) -> None:
-        """Context pass: the finished chunk goes into the cache, without gradient."""
+    def write(self, state: RolloutState, condition: ChunkCondition, latents: Latents) -> None:
+        """Context pass: the finished chunk goes into the cache, without gradient, and the rollout moves on."""
         with torch.no_grad():
             self._call(condition, latents, torch.zeros(latents.shape[:2], device=latents.device), write=True)
         condition.view.commit()
+        state.next_chunk += 1
 
-    def _call(self, condition: ChunkCondition, x: Latents, timesteps: PerFrame, write: bool) -> Latents:
+    def _call(
+        self, condition: ChunkCondition, x: Latents, timesteps: PerFrame, write: bool
+    ) -> Float[Tensor, "rows f c h w"]:
         branches = len(condition.prompt_index) // len(x)
-        velocity: Latents = self.model(
+        velocity: Tensor = self.model(
             latents=x.repeat(branches, 1, 1, 1, 1),
             timesteps=timesteps.repeat(branches, 1),
             prompt_embeds=condition.prompt_embeds,
             prompt_index=condition.prompt_index,
-            frame_positions=condition.frame_positions,
+            frame_positions=condition.view.frame_positions,
             attention=condition.view.attention(write=write),
         )
         return velocity.float()
 
     @torch.no_grad()
-    def _finish(self, condition: ChunkCondition, noise: Latents, write: bool) -> Latents:
+    def _finish(self, state: RolloutState, condition: ChunkCondition, write: bool) -> Latents:
         """From noise to a finished chunk. A method, because `no_grad` inside a generator would reach its consumer."""
-        x = noise
+        x = self.noise(state)
         solver = make_solver(self.settings.solver, self.settings.num_steps, self.schedule)
         for timestep, _ in solver:
             timesteps = torch.full(x.shape[:2], timestep, device=x.device)
             x = solver.step(self.velocity(condition, x, timesteps), x)
         if write:
-            self.write(condition, x)
+            self.write(state, condition, x)
         return x
 
     def _now(self) -> float:
@@ -368,9 +374,9 @@ class RolloutEngine:
         self,
         prompt_embeds: PromptEmbeds,
         prompt_index: Int[Tensor, "b p"],
-        shot_index: Int[Tensor, "b p"],
+        shot_index: Int[Tensor, "b chunk"],
         sample_ids: Sequence[int],
-        negative_embeds: PromptEmbeds | None,
+        negative_embeds: NegativeEmbeds | None,
     ) -> None:
         if len(prompt_embeds) == 0 or prompt_index.numel() == 0:
             raise ValueError(
@@ -388,16 +394,16 @@ class RolloutEngine:
             )
         if prompt_embeds.shape[-1] != self.model.config.text_dim:
             raise ValueError(
-                f"prompt embeddings of {prompt_embeds.shape[-1]} features: the network takes {self.model.config.text_dim}"
+                f"prompt_embeds of {prompt_embeds.shape[-1]} features: the network takes {self.model.config.text_dim}"
             )
         if self.settings.guided != (negative_embeds is not None):
             need = "needs" if self.settings.guided else "takes no"
             raise ValueError(
-                f"guidance_scale={self.settings.guidance_scale} {need} negative_embeds; give the embedding of the negative "
-                "prompt (usually the empty one) exactly when the scale is not 1"
+                f"guidance_scale={self.settings.guidance_scale} {need} negative_embeds; give the embedding of the "
+                "negative prompt (usually the empty one) exactly when the scale is not 1"
             )
         if negative_embeds is not None and negative_embeds.shape != (1, *prompt_embeds.shape[1:]):
             raise ValueError(
-                f"negative_embeds {tuple(negative_embeds.shape)} must be {(1, *prompt_embeds.shape[1:])}: one prompt, with "
-                "as many text tokens and features as the others"
+                f"negative_embeds {tuple(negative_embeds.shape)} must be {(1, *prompt_embeds.shape[1:])}: one prompt, "
+                "with as many text tokens and features as the others"
             )

@@ -1,19 +1,19 @@
 """Which chunk lives in which slot of the cache: sinks, the window, and eviction, as pure functions over ints.
 
-A *slot table* lists, for one sample, the chunk that lives in each slot (`None`: empty). Who may see whom is not decided here:
-`models.visibility.visible_history` is the one definition, shared with the training masks. Two facts about it make the cache
-simple, and the tests prove both against it for random shots:
+A *slot table* lists, for one sample, the chunk that lives in each slot (`None`: empty). Who may see whom is not decided
+here: `models.visibility.visible_history` is the one definition, shared with the training masks. Two facts about it make
+the cache simple, and the tests prove both against it for random shots:
 
-1. *What a chunk cannot see, no later chunk can see.* Going from chunk c to c + 1 the visible history only gains c: a sink stays,
-   a window only moves on, and a new shot's sink is a chunk that was in the window. So the slots of invisible chunks are free, and
-   eviction needs no knowledge of the prompts or cuts to come.
-2. *A chunk sees `min(c, window - 1)` earlier chunks, whatever the shots.* So a ring of `window` slots holds all of them and
-   exactly one free slot, which the chunk takes for itself; before the ring is full, the filled slots are its first c. What a
-   chunk reads, its own slot included, is therefore always the leading `min(c + 1, window)` slots: a slice, never a copy, for every
-   sample of a batch, even where their shots differ and their tables with them.
+1. *What a chunk cannot see, no later chunk can see.* Going from chunk c to c + 1 the visible history only gains c: the
+   window moves on, and a new sink is c itself. So the slots of invisible chunks are free, and eviction needs no
+   knowledge of the cuts to come.
+2. *A chunk sees `min(c, window - 1)` earlier chunks, whatever the shots.* So a ring of `window` slots holds all of them
+   and exactly one free slot, which the chunk takes for itself; before the ring is full, the filled slots are its first
+   c. What a chunk reads, its own slot included, is therefore always the leading `min(c + 1, window)` slots: a slice,
+   never a copy, for every sample of a batch, even where their shots differ and their tables with them.
 
-A shot sink thus pins the first chunk of a shot by what is visible alone; at the next cut it stops being visible (unless it is
-still inside the window), and its slot is reused.
+A shot sink thus pins the first chunk of a shot by what is visible alone; at the next cut it stops being visible (unless
+it is still inside the window), and its slot is reused.
 """
 
 from collections.abc import Sequence
@@ -50,8 +50,8 @@ def free_slot(table: SlotTable, chunk: int, shot_index: Sequence[int], rule: Vis
         if occupant not in visible:
             return slot
     raise ValueError(
-        f"chunk={chunk} finds no free slot: all {len(table)} slots hold chunks that it sees; allocate num_slots() slots, "
-        f"one for every chunk of the rollout where there is no window"
+        f"chunk={chunk} finds no free slot: all {len(table)} slots hold chunks that it sees; make the cache for more "
+        "chunks, or give a window"
     )
 
 
@@ -61,7 +61,7 @@ def place(table: SlotTable, slot: int, chunk: int | None) -> SlotTable:
 
 
 def absolute_position(chunk: int, shot_index: Sequence[int], chunk_frames: int, shot_rope_offset: float) -> float:
-    """RoPE position of the first frame of a chunk: its frame number, plus `shot_rope_offset` per shot before its own."""
+    """RoPE position of a chunk's first frame: its frame number, plus `shot_rope_offset` per shot before its own."""
     return chunk * chunk_frames + shot_index[chunk] * shot_rope_offset
 
 
@@ -70,10 +70,10 @@ def relative_positions(
 ) -> list[float]:
     """RoPE positions of the first frames of `chunks`, counted inside this list alone.
 
-    The list is what one query sees, in order: sinks, window, own chunk. Frames are counted as if nothing had been evicted
-    between its entries, and every change of shot between neighbours adds `shot_rope_offset` once, so positions stay below
-    `len(chunks) * (chunk_frames + shot_rope_offset)` in a video of any length. As long as nothing has been evicted they are the
-    absolute positions.
+    The list is what one query sees, in order: sinks, window, own chunk. Frames are counted as if nothing had been
+    evicted between its entries, and every change of shot between neighbours adds `shot_rope_offset` once, so positions
+    stay below `len(chunks) * (chunk_frames + shot_rope_offset)` in a video of any length. As long as nothing has been
+    evicted they are the absolute positions.
     """
     positions: list[float] = []
     position = 0.0

@@ -47,7 +47,7 @@ def test_lookups_keep_the_shape_of_the_indices() -> None:
 
 
 def test_rollout_grid_lies_on_the_training_curve_and_ends_at_zero() -> None:
-    """Catches a rollout that meets noise levels which training never drew (another shift, or a grid that stops early)."""
+    """Catches a rollout that meets noise levels that training never drew (another shift, a grid that stops early)."""
     schedule = FlowSchedule()
     torch.testing.assert_close(schedule.rollout_sigmas(4), torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0]))
     torch.testing.assert_close(schedule.rollout_sigmas(1000)[:-1], schedule.sigmas)

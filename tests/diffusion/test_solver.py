@@ -34,7 +34,7 @@ def error(name: str, num_steps: int) -> float:
 
 
 def test_both_solvers_converge_to_the_exact_flow_and_unipc_faster() -> None:
-    """Catches a UniPC run with the wrong prediction type, sigmas or order: it would end elsewhere, or converge like Euler."""
+    """Catches UniPC with the wrong prediction type, sigmas or order: it would end elsewhere or converge like Euler."""
     assert error("euler", 1000) < 1e-2
     assert error("unipc", 1000) < 1e-3
     assert error("unipc", 100) < error("euler", 100) / 8

@@ -1,4 +1,4 @@
-"""A tiny network in which nothing is zero: Wan's initialisation leaves the head and the biases at zero and would hide errors."""
+"""A tiny network in which nothing is zero: Wan's initialisation leaves head and biases at zero, hiding errors."""
 
 import pytest
 import torch

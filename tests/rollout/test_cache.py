@@ -116,7 +116,7 @@ def assert_equal(ours: tuple[Tensor, Tensor], oracle: tuple[Tensor, Tensor], tol
 def test_cached_passes_equal_the_teacher_forcing_forward(
     network: CausalWan, clip: Clip, rule: VisibilityRule, offset: float
 ) -> None:
-    """Catches every disagreement of training and rollout: masks, sinks, positions, scratch left in slots, mixed-up samples."""
+    """Catches any disagreement of training and rollout: masks, sinks, positions, scratch in slots, swapped samples."""
     attention = ChunkedAttention(teacher_forcing_segments(CHUNKS, TOKENS), SHOTS, rule)
     oracle = forced(network, clip, attention, absolute_positions(SHOTS, offset))
     assert_equal(cached(network, clip, make_cache(network, rule, shot_rope_offset=offset)), oracle)
@@ -131,7 +131,7 @@ def test_every_rule_changes_the_output(network: CausalWan, clip: Clip) -> None:
 
 
 class ListPositionAttention:
-    """Teacher forcing whose queries see every chunk at its place in their own visible list; written out, chunk by chunk."""
+    """Teacher forcing whose queries see every chunk at its place in their own visible list, written out per chunk."""
 
     def __init__(self, shot_index: Tensor, rule: VisibilityRule, offset: float) -> None:
         self.segments: tuple[Segment, ...] = teacher_forcing_segments(CHUNKS, TOKENS)
@@ -186,9 +186,7 @@ def test_relative_positions_stay_bounded_and_absolute_ones_do_not(network: Causa
     shots = [list(range(40))]  # a cut at every chunk
 
     def last(relative: bool) -> float:
-        cache = make_cache(
-            network, rule, batch_size=1, num_chunks=40, relative_rope=relative, shot_rope_offset=8.0
-        )
+        cache = make_cache(network, rule, batch_size=1, num_chunks=40, relative_rope=relative, shot_rope_offset=8.0)
         for chunk in range(40):
             view = cache.open(chunk, shots)
             view.commit()
@@ -262,7 +260,9 @@ def test_a_gradient_is_that_of_what_the_pass_has_read(network: CausalWan, clip: 
             frames = clip.frames(chunk)
             arguments = (clip.prompts, clip.prompt_index[:, chunk : chunk + 1], view.frame_positions)
             if chunk == 2:
-                velocity = network(inputs[:, frames], clip.timesteps[:, frames], *arguments, view.attention(write=False))
+                velocity = network(
+                    inputs[:, frames], clip.timesteps[:, frames], *arguments, view.attention(write=False)
+                )
                 total = velocity.square().sum()
                 if not continue_before_backward:
                     break

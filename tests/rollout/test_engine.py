@@ -144,11 +144,10 @@ def test_memory_does_not_grow_with_the_video(network: CausalWan) -> None:
     size, storages = state.cache.num_bytes, [id(layer) for layer in state.cache.layers]
     for _ in range(25):
         condition = engine.open_chunk(state, PROMPTS, torch.tensor([0]), [0])
-        engine.write(condition, engine.noise(state))
-        state.next_chunk += 1
+        engine.write(state, condition, engine.noise(state))
     assert state.cache.num_bytes == size
     assert [id(layer) for layer in state.cache.layers] == storages
-    assert condition.frame_positions.max() < 6
+    assert condition.view.frame_positions.max() < 6
 
 
 def test_chunks_come_one_by_one_and_are_reported(network: CausalWan) -> None:
@@ -178,7 +177,7 @@ def test_a_network_that_trains_is_not_given_gradients_unless_asked(network: Caus
     condition = engine.open_chunk(state, PROMPTS, torch.tensor([0]), [0])
     noise = engine.noise(state)
     velocity = engine.velocity(condition, noise, torch.full((1, FRAMES), 1000.0))
-    engine.write(condition, noise - velocity.detach())
+    engine.write(state, condition, noise - velocity.detach())
     assert velocity.requires_grad
     assert not any(tensor.requires_grad for layer in state.cache.layers for tensor in layer.read(1, torch.float32))
     velocity.sum().backward()
@@ -186,7 +185,9 @@ def test_a_network_that_trains_is_not_given_gradients_unless_asked(network: Caus
 
 
 def test_a_bfloat16_network_rolls_out_in_float32_latents(network: CausalWan) -> None:
-    latents = generate(copy.deepcopy(network).bfloat16(), replace(SETTINGS, guidance_scale=2.0), negative_embeds=NEGATIVE)
+    latents = generate(
+        copy.deepcopy(network).bfloat16(), replace(SETTINGS, guidance_scale=2.0), negative_embeds=NEGATIVE
+    )
     exact = generate(network, replace(SETTINGS, guidance_scale=2.0), negative_embeds=NEGATIVE)
     assert latents.dtype == torch.float32
     assert (latents - exact).abs().mean() < 0.1 * exact.abs().mean()
@@ -227,7 +228,7 @@ def test_frames_are_a_multiple_of_the_chunk() -> None:
         ({"shot_index": SHOTS[:, :3]}, "do not fit"),
         ({"sample_ids": [1, 2]}, "2 sample_ids do not fit"),
         ({"prompt_index": PROMPT_INDEX + 1}, "from 1 to 4, but there are 4 prompts"),
-        ({"prompt_embeds": PROMPTS[..., :6]}, "of 6 features: the network takes 8"),
+        ({"prompt_embeds": PROMPTS[..., :6]}, "prompt_embeds of 6 features: the network takes 8"),
         ({"latent_shape": (3, 4, 4)}, "3 channels: the network takes 4"),
         ({"latent_shape": (4, 5, 4)}, "height=5"),
         ({"negative_embeds": NEGATIVE}, "takes no negative_embeds"),

@@ -75,7 +75,9 @@ def rules(draw: st.DrawFn) -> VisibilityRule:
     return VisibilityRule(sink_chunks + shot_sink + draw(st.integers(1, 4)), sink_chunks, shot_sink)
 
 
-shots = st.lists(st.booleans(), min_size=1, max_size=24).map(lambda cuts: [sum(cuts[: i + 1]) for i in range(len(cuts))])
+shots = st.lists(st.booleans(), min_size=1, max_size=24).map(
+    lambda cuts: [sum(cuts[: i + 1]) for i in range(len(cuts))]
+)
 
 
 @given(rules(), shots)
