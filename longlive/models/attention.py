@@ -236,13 +236,10 @@ def block_mask(
         indices = table.int().argsort(dim=-1, descending=True, stable=True)
         return table.sum(-1, dtype=torch.int32)[:, None], indices.int()[:, None]
 
-    def mask(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible[sample, segment_of_token[query], segment_of_token[key]]
-
     return BlockMask.from_kv_blocks(
         *blocks(partial),
         *blocks(full),
         BLOCK_SIZE=block_size,
-        mask_mod=mask,
+        mask_mod=lambda sample, head, query, key: visible[sample, segment_of_token[query], segment_of_token[key]],
         seq_lengths=(num_tokens, num_tokens),
     )

@@ -68,7 +68,6 @@ class WanConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
         sizes = ("num_layers", "dim", "ffn_dim", "num_heads", "in_channels", "out_channels", "text_dim", "freq_dim")
         for name in sizes:
             if getattr(self, name) < 1:
@@ -155,6 +154,7 @@ class WanConfig:
         if "num_attention_heads" in content and "attention_head_dim" in content:
             sizes["dim"] = content["num_attention_heads"] * content["attention_head_dim"]
         sizes.setdefault("text_dim", 4096)
+        sizes["patch_size"] = tuple(sizes.get("patch_size", (1, 2, 2)))
         required = ("num_layers", "dim", "ffn_dim", "num_heads", "in_channels", "out_channels")
         missing = [keys[name] for name in required if sizes.get(name) is None]
         if missing:

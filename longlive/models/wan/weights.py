@@ -1,8 +1,9 @@
 """Wan weights on disk: two naming schemes, sharded safetensors, one tensor in memory at a time.
 
-`original` is the naming of Wan's release and of `CausalWan`; `diffusers` that of `WanTransformer3DModel`. The tensors are
-the same, shape by shape; only names differ, and the tables below are the whole difference. A folder holds `config.json`
-and either `diffusion_pytorch_model.safetensors` or numbered shards with an index, as both projects publish them.
+`original` is the naming of Wan's release and of `CausalWan`; `diffusers` that of `WanTransformer3DModel`. The tensors
+are the same, shape by shape; only names differ, and the tables below are the whole difference. A folder holds
+`config.json` and either `diffusion_pytorch_model.safetensors` or numbered shards with an index, as both projects
+publish them.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def load_weights(
 ) -> None:
     """Fill a network from safetensors, in whichever naming they are.
 
-    Parameters on the meta device are replaced by loaded ones; others are overwritten in place, keeping dtype and device.
-    Beyond the network itself, memory holds one tensor at a time.
+    Parameters on the meta device are replaced by loaded ones; others are overwritten in place and keep their dtype and
+    device. Beyond the network itself, memory holds one tensor at a time.
 
     Args:
         model: a `CausalWan`, freshly built.
@@ -206,8 +207,9 @@ def _check(
     stored: Mapping[str, tuple[int, ...]],
     wanted: Mapping[str, tuple[int, ...]],
     source: str | Path,
-    num_listed: int = 4,
 ) -> None:
+    """Raise the `ValueError` that lists the first differences."""
+    num_listed = 4
     differences = {
         "missing": [name for name in wanted if name not in stored],
         "unexpected": [name for name in stored if name not in wanted],

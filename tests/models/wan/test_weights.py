@@ -1,0 +1,150 @@
+"""Weights on disk: both namings, shards, and refusals that name what differs."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from longlive.models.wan.config import WanConfig
+from longlive.models.wan.model import CausalWan
+from longlive.models.wan.weights import diffusers_name, load_wan, load_weights, original_name, save_weights
+
+CONFIG = WanConfig.tiny(num_layers=2, dim=24, ffn_dim=32, num_heads=2, in_channels=4, out_channels=4, text_dim=8)
+
+
+def random_tensors(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    model = CausalWan(CONFIG)
+    return {name: torch.randn(tensor.shape, generator=g) for name, tensor in model.state_dict().items()}
+
+
+def assert_holds(model, tensors):
+    state = model.state_dict()
+    assert list(state) == list(tensors)
+    assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("patch_embedding.weight", "patch_embedding.weight"),
+        ("text_embedding.2.bias", "condition_embedder.text_embedder.linear_2.bias"),
+        ("time_embedding.0.weight", "condition_embedder.time_embedder.linear_1.weight"),
+        ("time_projection.1.weight", "condition_embedder.time_proj.weight"),
+        ("blocks.7.self_attn.q.weight", "blocks.7.attn1.to_q.weight"),
+        ("blocks.7.self_attn.o.bias", "blocks.7.attn1.to_out.0.bias"),
+        ("blocks.29.cross_attn.norm_k.weight", "blocks.29.attn2.norm_k.weight"),
+        ("blocks.0.norm3.bias", "blocks.0.norm2.bias"),
+        ("blocks.0.ffn.0.weight", "blocks.0.ffn.net.0.proj.weight"),
+        ("blocks.0.ffn.2.weight", "blocks.0.ffn.net.2.weight"),
+        ("blocks.0.modulation", "blocks.0.scale_shift_table"),
+        ("head.modulation", "scale_shift_table"),
+        ("head.head.weight", "proj_out.weight"),
+    ],
+)
+def test_names_are_translated_both_ways(ours, theirs):
+    assert diffusers_name(ours) == theirs
+    assert original_name(theirs) == ours
+
+
+def test_the_825_names_of_the_5b_map_one_to_one():
+    with torch.device("meta"):
+        names = list(CausalWan(WanConfig.ti2v_5b()).state_dict())
+    theirs = {diffusers_name(name) for name in names}
+    assert len(theirs) == 825
+    assert [original_name(diffusers_name(name)) for name in names] == names
+    assert [original_name(name) for name in names] == names
+
+
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+@pytest.mark.parametrize("max_shard_bytes", [25_000, 5_000_000_000], ids=["shards", "one_file"])
+def test_weights_survive_a_round_trip(naming, max_shard_bytes, tmp_path):
+    tensors = random_tensors()
+    save_weights(tensors, CONFIG, tmp_path / "wan", naming=naming, max_shard_bytes=max_shard_bytes)
+    assert_holds(load_wan(tmp_path / "wan"), tensors)
+    assert not (tmp_path / "wan.partial").exists()
+
+
+def test_shards_stay_below_their_limit_and_are_indexed(tmp_path):
+    save_weights(random_tensors(), CONFIG, tmp_path / "wan", naming="diffusers", max_shard_bytes=25_000)
+    index = json.loads((tmp_path / "wan" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "wan").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0].name == f"diffusion_pytorch_model-00001-of-{len(files):05d}.safetensors"
+    stored = {name: file.name for file in files for name in load_file(file)}
+    assert stored == index["weight_map"]
+    sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in files]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert max(sizes) <= 25_000
+
+
+def test_a_built_network_is_overwritten_in_place(tmp_path):
+    """Catches parameters replaced under an optimizer, which would go on training the old ones."""
+    tensors = random_tensors()
+    save_weights(tensors, CONFIG, tmp_path / "wan")
+    model = CausalWan(CONFIG)
+    parameters = dict(model.named_parameters())
+    load_weights(model, tmp_path / "wan")
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert_holds(model, tensors)
+
+
+def test_one_file_loads_without_its_folder(tmp_path):
+    tensors = random_tensors()
+    save_file({diffusers_name(name): tensor for name, tensor in tensors.items()}, tmp_path / "any.safetensors")
+    with torch.device("meta"):
+        model = CausalWan(CONFIG)
+    load_weights(model, tmp_path / "any.safetensors")
+    assert_holds(model, tensors)
+
+
+def test_weights_are_stored_and_loaded_in_the_dtype_asked_for(tmp_path):
+    save_weights(random_tensors(), CONFIG, tmp_path / "wan", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in load_wan(tmp_path / "wan").parameters()} == {torch.bfloat16}
+    as_float32 = load_wan(tmp_path / "wan", dtype=torch.float32)
+    assert {parameter.dtype for parameter in as_float32.parameters()} == {torch.float32}
+
+
+def test_other_weights_are_refused_by_name_before_anything_changes(tmp_path):
+    tensors = random_tensors()
+    changed = {name: tensor for name, tensor in tensors.items() if not name.startswith("blocks.1.")}
+    changed["head.head.weight"] = torch.zeros(3, 24)
+    changed["blocks.9.extra"] = torch.zeros(1)
+    save_file(changed, tmp_path / "wan.safetensors")
+    model = CausalWan(CONFIG)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="does not fit the network") as raised:
+        load_weights(model, tmp_path / "wan.safetensors")
+    message = str(raised.value)
+    assert "missing: blocks.1.modulation, blocks.1.self_attn.q.weight" in message
+    assert "1 unexpected: blocks.9.extra" in message
+    assert "1 of another shape: head.head.weight [3, 24] instead of [16, 24]" in message
+    assert_holds(model, before)
+
+
+def test_tensors_of_another_config_are_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="to save does not fit"):
+        save_weights(random_tensors(), WanConfig.tiny(), tmp_path / "wan")
+    assert not (tmp_path / "wan").exists()
+
+
+def test_existing_weights_are_never_overwritten(tmp_path):
+    save_weights(random_tensors(), CONFIG, tmp_path / "wan")
+    with pytest.raises(ValueError, match="weights never overwrite"):
+        save_weights(random_tensors(seed=1), CONFIG, tmp_path / "wan")
+    assert_holds(load_wan(tmp_path / "wan"), random_tensors())
+
+
+def test_an_incomplete_download_names_what_is_missing(tmp_path):
+    save_weights(random_tensors(), CONFIG, tmp_path / "wan", max_shard_bytes=25_000)
+    victim = sorted((tmp_path / "wan").glob("*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(ValueError, match=f"lacks {victim.name}"):
+        load_wan(tmp_path / "wan")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    CONFIG.to_json(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="holds 0 safetensors files"):
+        load_wan(tmp_path)
