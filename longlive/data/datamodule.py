@@ -58,7 +58,7 @@ class VideoDataModule(LightningDataModule):
         chunk_frames: int,
         height: int,
         width: int,
-        fps: float = 24.0,
+        fps: float | int = 24.0,
         batch_size: int = 1,
         num_workers: int = 1,
         seed: int = 0,

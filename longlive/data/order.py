@@ -23,7 +23,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Sequence[int]:
 
 
 def num_lanes(num_shards: int, data_size: int) -> int:
-    """Lanes per data rank: 8, 4, 2 or 1, the most that leave every lane a shard in every epoch.
+    """Lanes per data rank: 8, 4, 2 or 1, the most that give every lane four shards, so that lanes are of like length.
 
     Raises:
         ValueError: if there are fewer shards than data ranks.
@@ -33,7 +33,7 @@ def num_lanes(num_shards: int, data_size: int) -> int:
             f"streamed reading needs a shard per data rank, got {num_shards} shards for {data_size} ranks; "
             "write more shards (smaller clips_per_shard), or read them with reader=indexed from a local directory"
         )
-    return next(lanes for lanes in (8, 4, 2, 1) if lanes * data_size <= num_shards)
+    return next((lanes for lanes in (8, 4, 2) if 4 * lanes * data_size <= num_shards), 1)
 
 
 def lane_shards(num_shards: int, seed: int, epoch: int, lane: int, lanes: int) -> list[int]:

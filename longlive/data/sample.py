@@ -44,7 +44,7 @@ class ClipSpec:
     chunk_frames: int
     height: int
     width: int
-    fps: float
+    fps: float | int
     temporal_ratio: int = 4
     decoder: str = "pyav"
 

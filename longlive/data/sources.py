@@ -39,7 +39,7 @@ class SourceClip:
     """
 
     key: str
-    fps: float
+    fps: float | int
     shots: tuple[Shot, ...]
     frames: UInt8[Tensor, "t 3 H W"] | None = None
     video_bytes: bytes | None = None

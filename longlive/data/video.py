@@ -26,7 +26,6 @@ from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
 
 import av
 import numpy as np
@@ -68,7 +67,7 @@ class VideoIndex:
         key_frames: which frames are key frames, ascending.
         time_base: seconds per unit.
         fps: average frame rate.
-        is_plain: closed groups of pictures, and no frame that the container hides.
+        is_plain: every key frame is a clean start, and the container hides no frame.
     """
 
     codec: str
@@ -135,7 +134,7 @@ class VideoReader(ABC):
         """Free the decoder; reading again opens it again."""
         return
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> VideoReader:
         return self
 
     def __exit__(
@@ -217,7 +216,6 @@ class PyAVReader(VideoReader):
                 self.close()
                 self._container = open_container(self._source)
             stream = self._container.streams.video[0]
-            stream.codec_context.thread_count = 1
             if group >= 0:
                 self._container.seek(self.index.pts[self.index.key_frames[group]], stream=stream)
             for frame in self._container.decode(stream):
@@ -241,8 +239,13 @@ class PyAVReader(VideoReader):
 
 
 def open_container(source: bytes | str) -> InputContainer:
-    """PyAV's container of a file, given by its content or its path."""
-    return av.open(io.BytesIO(source) if isinstance(source, bytes) else source, mode="r")
+    """PyAV's container of a file, given by its content or its path; its video decodes on one thread."""
+    container = av.open(io.BytesIO(source) if isinstance(source, bytes) else source, mode="r")
+    if not container.streams.video:
+        container.close()
+        raise UnreadableVideoError("it holds no video stream")
+    container.streams.video[0].codec_context.thread_count = 1
+    return container
 
 
 def index_video(source: bytes | str) -> VideoIndex:
@@ -253,36 +256,56 @@ def index_video(source: bytes | str) -> VideoIndex:
     """
     try:
         with open_container(source) as container:
-            if not container.streams.video:
-                raise UnreadableVideoError("it holds no video stream")
             stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
             num_bytes = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
             if any(entry.pos + entry.size > num_bytes for entry in stream.index_entries):
                 raise UnreadableVideoError(f"it is truncated: its own table points beyond its {num_bytes} bytes")
             first_frame = None
             packets: list[tuple[int, bool]] = []
-            hides_frames = False
+            is_clean = True  # every key frame clears the decoder, and no frame is hidden
             for packet in container.demux(stream):
                 if first_frame is None:
                     first_frame = next(iter(packet.decode()), None)
                 if packet.is_discard:
-                    hides_frames = True
+                    is_clean = False
                 elif packet.size:
                     if packet.is_corrupt or packet.pts is None:
                         raise UnreadableVideoError(f"packet {len(packets)} is corrupt or has no time stamp")
                     packets.append((packet.pts, packet.is_keyframe))
+                    is_clean &= not packet.is_keyframe or clears_decoder(packet)
             if first_frame is None or not packets:
                 raise UnreadableVideoError("no frame of it can be decoded")
-            return _index_of(stream, packets, first_frame, hides_frames)
+            return _index_of(stream, packets, first_frame, is_clean)
     except (FFmpegError, EOFError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise UnreadableVideoError(f"PyAV cannot read it: {error}") from error
 
 
+def clears_decoder(packet: av.Packet) -> bool:
+    """Whether nothing after a key frame can refer to anything before it.
+
+    In H.264 only an IDR picture (NAL unit type 5) does that; x264's open groups begin with another kind of picture that
+    containers mark as a key frame all the same (ITU-T H.264, 7.4.1.2.4). The other codecs that decord may read have one kind.
+    """
+    context = packet.stream.codec_context
+    if context.codec.canonical_name != "h264":
+        return True
+    content = bytes(packet)
+    extradata = context.extradata or b""
+    if not extradata or extradata[0] != 1:  # byte stream format: start codes
+        return any(unit[:1] and unit[0] & 31 == 5 for unit in content.split(b"\0\0\1")[1:])
+    length_size = (extradata[4] & 3) + 1  # as in mp4: each unit after its length (ISO/IEC 14496-15)
+    start = 0
+    while start + length_size < len(content):
+        if content[start + length_size] & 31 == 5:
+            return True
+        start += length_size + int.from_bytes(content[start : start + length_size], "big")
+    return False
+
+
 def _index_of(
-    stream: VideoStream, packets: list[tuple[int, bool]], first_frame: av.VideoFrame, hides_frames: bool
+    stream: VideoStream, packets: list[tuple[int, bool]], first_frame: av.VideoFrame, is_clean: bool
 ) -> VideoIndex:
     pts = sorted(stamp for stamp, _ in packets)
     if len(set(pts)) != len(pts):
@@ -311,7 +334,7 @@ def _index_of(
         key_frames=tuple(key_frames),
         time_base=time_base,
         fps=float(stream.average_rate or 0) or ((len(pts) - 1) / duration if duration else 1.0),
-        is_plain=not has_open_group and not hides_frames and packets[0][1],
+        is_plain=is_clean and not has_open_group and packets[0][1],
     )
 
 
@@ -348,7 +371,7 @@ def open_video(source: bytes | str | Path, decoder: str = "pyav") -> VideoReader
     return PyAVReader(index, content)
 
 
-def write_mp4(target: str | Path | BinaryIO, frames: Frames, fps: float, *, quality: int = 18) -> None:
+def write_mp4(target: str | Path | io.BufferedIOBase, frames: Frames, fps: float | int, *, quality: int = 18) -> None:
     """Write H.264 in mp4. The same frames give the same bytes (one encoder thread); a path is complete or absent.
 
     Args:
@@ -373,7 +396,7 @@ def write_mp4(target: str | Path | BinaryIO, frames: Frames, fps: float, *, qual
         _encode_mp4(target, frames, fps, quality)
 
 
-def _encode_mp4(file: BinaryIO, frames: Frames, fps: float, quality: int) -> None:
+def _encode_mp4(file: io.BufferedIOBase, frames: Frames, fps: float | int, quality: int) -> None:
     height, width = frames.shape[-2:]
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
