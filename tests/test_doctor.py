@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from longlive import doctor
-from longlive.doctor import Check, Finding
+from longlive.doctor import Check, Finding, UnavailableError, compute, packages, video
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +23,7 @@ def findings() -> dict[str, Finding]:
 @pytest.fixture
 def no_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """A first torch.compile takes up to half a minute of C++ compiler."""
-    monkeypatch.setattr(doctor, "probe_compile", lambda device: "not tried in this test")
+    monkeypatch.setattr(compute, "probe_compile", lambda device: "not tried in this test")
 
 
 @pytest.mark.usefixtures("no_compile")
@@ -41,8 +41,8 @@ def test_json_lists_every_check_with_what_works_here(capsys: pytest.CaptureFixtu
 
 @pytest.mark.usefixtures("no_compile")
 def test_the_tables_name_every_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "PACKAGES", {"torch": "torch"})
-    monkeypatch.setattr(doctor, "ENCODERS", {"h264": ("libx264",)})
+    monkeypatch.setattr(packages, "PACKAGES", {"torch": "torch"})
+    monkeypatch.setattr(video, "ENCODERS", {"h264": ("libx264",)})
     monkeypatch.setenv("COLUMNS", "300")
     assert doctor.main([]) == 0
     printed = capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_a_probe_that_raises_anything_is_reported_with_its_reason_and_the_others
     def broken() -> str:
         raise OSError("libcuda.so.1:\n  cannot open")
 
-    monkeypatch.setattr(doctor, "probe_cpu", broken)
+    monkeypatch.setattr(compute, "probe_cpu", broken)
     found = findings()
     assert found["cpu"] == Finding("devices", "cpu", False, "OSError: libcuda.so.1: cannot open")
     assert found["fp32"].works
@@ -88,29 +88,29 @@ def test_an_installed_package_that_cannot_be_imported_does_not_work(monkeypatch:
     def fail(name: str) -> ModuleType:
         raise RuntimeError("Could not find shared object file: libtransformer_engine.so")
 
-    monkeypatch.setattr(doctor.importlib, "import_module", fail)
-    finding = Check("versions", "torch", lambda: doctor.probe_package("torch", "torch")).run()
+    monkeypatch.setattr(packages.importlib, "import_module", fail)
+    finding = Check("versions", "torch", lambda: packages.probe_package("torch", "torch")).run()
     assert not finding.works
     assert f"{torch.__version__} is installed, but import torch fails: RuntimeError: Could not find" in finding.detail
 
 
 def test_a_package_that_is_absent_says_how_to_get_it() -> None:
-    finding = Check("extras", "x", lambda: doctor.probe_package("no-such-distribution", "x", "nvfp4")).run()
+    finding = Check("extras", "x", lambda: packages.probe_package("no-such-distribution", "x", "nvfp4")).run()
     assert finding == Finding("extras", "x", False, "not installed; pip install longlive[nvfp4]")
 
 
 def test_every_dependency_of_the_project_is_checked() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {re.split(r"[<>=!~;\[ ]", requirement)[0] for requirement in project["dependencies"]}
-    assert names == set(doctor.PACKAGES)
-    for distribution, (_, extra) in doctor.EXTRAS.items():
+    assert names == set(packages.PACKAGES)
+    for distribution, (_, extra) in packages.EXTRAS.items():
         assert any(requirement.startswith(distribution) for requirement in project["optional-dependencies"][extra])
 
 
 def test_low_precisions_name_what_they_lack_without_a_cuda_device() -> None:
     cpu = torch.device("cpu")
-    fp8 = Check("precisions", "fp8", lambda: doctor.probe_fp8(cpu)).run()
-    nvfp4 = Check("precisions", "nvfp4", lambda: doctor.probe_nvfp4(cpu)).run()
+    fp8 = Check("precisions", "fp8", lambda: compute.probe_fp8(cpu)).run()
+    nvfp4 = Check("precisions", "nvfp4", lambda: compute.probe_nvfp4(cpu)).run()
     assert (fp8.works, nvfp4.works) == (False, False)
     assert "compute capability 8.9 and newer, and there is no CUDA device" in fp8.detail
     assert "compute capability 10.0 and newer, and there is no CUDA device" in nvfp4.detail
@@ -118,21 +118,21 @@ def test_low_precisions_name_what_they_lack_without_a_cuda_device() -> None:
 
 def test_a_device_below_the_needed_capability_is_told_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    finding = Check("precisions", "nvfp4", lambda: doctor.probe_nvfp4(torch.device("cuda"))).run()
+    finding = Check("precisions", "nvfp4", lambda: compute.probe_nvfp4(torch.device("cuda"))).run()
     assert "10.0 and newer; this one has 9.0" in finding.detail
 
 
 def test_a_product_that_is_wrong_is_not_called_working(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GEMM that runs and returns something else is the failure that nobody sees."""
-    monkeypatch.setattr(doctor, "_normal", lambda shape, device: torch.full(shape, float("nan")))
-    finding = Check("precisions", "bf16", lambda: doctor.probe_matmul(torch.bfloat16, torch.device("cpu"))).run()
+    monkeypatch.setattr(compute, "_normal", lambda shape, device: torch.full(shape, float("nan")))
+    finding = Check("precisions", "bf16", lambda: compute.probe_matmul(torch.bfloat16, torch.device("cpu"))).run()
     assert finding == Finding("precisions", "bf16", False, "a product has a relative error of nan")
 
 
 @pytest.mark.parametrize("codec", ["h264", "hevc", "vp9", "av1"])
 def test_codecs_round_trip_here_without_noise_on_stderr(codec: str, capfd: pytest.CaptureFixture[str]) -> None:
-    encode = Check("video codecs", "encode", lambda: doctor.probe_encode(codec)).run()
-    decode = Check("video codecs", "decode", lambda: doctor.probe_decode(codec)).run()
+    encode = Check("video codecs", "encode", lambda: video.probe_encode(codec)).run()
+    decode = Check("video codecs", "decode", lambda: video.probe_decode(codec)).run()
     assert encode.works, encode.detail
     assert decode.works, decode.detail
     assert "3 frames" in decode.detail
@@ -140,9 +140,9 @@ def test_codecs_round_trip_here_without_noise_on_stderr(codec: str, capfd: pytes
 
 
 def test_an_encoder_that_is_not_there_is_named_and_its_decoder_not_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "ENCODERS", {"h264": ("no_such_encoder", "neither_this")})
-    encode = Check("video codecs", "encode h264", lambda: doctor.probe_encode("h264")).run()
-    decode = Check("video codecs", "decode h264", lambda: doctor.probe_decode("h264")).run()
+    monkeypatch.setattr(video, "ENCODERS", {"h264": ("no_such_encoder", "neither_this")})
+    encode = Check("video codecs", "encode h264", lambda: video.probe_encode("h264")).run()
+    decode = Check("video codecs", "decode h264", lambda: video.probe_decode("h264")).run()
     assert not encode.works
     assert "no_such_encoder" in encode.detail
     assert "neither_this" in encode.detail
@@ -151,17 +151,20 @@ def test_an_encoder_that_is_not_there_is_named_and_its_decoder_not_claimed(monke
 
 def test_frames_that_come_back_wrong_are_not_called_decoded() -> None:
     """A decoder that returns other frames silently is worse than none."""
-    frames = doctor._test_frames()
-    assert doctor._psnr(frames) == float("inf")
-    with pytest.raises(doctor.UnavailableError, match="frames came back wrong, at"):
-        doctor._psnr(np.roll(frames, 1, axis=0))
-    with pytest.raises(doctor.UnavailableError, match="frames came back as"):
-        doctor._psnr(frames[:2])
+    frames = video._test_frames()
+    assert video._psnr(frames) == float("inf")
+    with pytest.raises(UnavailableError, match="frames came back wrong, at"):
+        video._psnr(np.roll(frames, 1, axis=0))
+    with pytest.raises(UnavailableError, match="frames came back as"):
+        video._psnr(frames[:2])
 
 
 def test_torch_compile_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    finding = Check("kernels", "torch.compile", lambda: doctor.probe_compile(torch.device("cpu"))).run()
+    def fail(function: object) -> None:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(compute.shutil, "which", lambda name: None)
+    finding = Check("kernels", "torch.compile", lambda: compute.probe_compile(torch.device("cpu"))).run()
     assert not finding.works
     assert "needs a C++ compiler" in finding.detail
