@@ -1,9 +1,8 @@
 """Run a function on N ranks: processes of this machine that talk over gloo.
 
-Ranks are forked where that is safe, so a rank starts in milliseconds with everything imported and any function will
-do. Where the parent may hold a CUDA context, which no fork survives, they are spawned (then the function must be a
-module-level one). A rank that raises, dies or hangs ends the whole call: the others are killed, and the caller sees
-which rank it was.
+Ranks are forked where that is safe, so a rank starts in milliseconds with everything imported. On a machine with CUDA
+they are spawned: neither a CUDA context nor autograd's device threads survive a fork. Any function will do in both ways.
+A rank that raises, dies or hangs ends the whole call: the others are killed, and the caller sees which rank it was.
 """
 
 import faulthandler
@@ -22,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
@@ -72,10 +72,11 @@ def run_on_ranks(
         processes: list[BaseProcess] = []
         pipes: list[Connection] = []
         port = _free_port()
+        call = cloudpickle.dumps((function, args))
         try:
             for rank in range(num_ranks):
                 receiver, sender = context.Pipe(duplex=False)
-                rank_args = (function, args, rank, num_ranks, port, directory, init_process_group, sender)
+                rank_args = (call, rank, num_ranks, port, directory, init_process_group, sender)
                 process = context.Process(target=_run_rank, args=rank_args, daemon=True)
                 process.start()
                 sender.close()
@@ -137,8 +138,7 @@ def _stack(rank: int, process: BaseProcess, directory: str) -> str:
 
 
 def _run_rank(
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    call: bytes,
     rank: int,
     num_ranks: int,
     port: int,
@@ -166,6 +166,7 @@ def _run_rank(
                 dist.init_process_group(
                     "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=num_ranks
                 )
+            function, args = pickle.loads(call)
             outcome = pickle.dumps(_Outcome(time.monotonic(), result=function(*args)))
         except BaseException:  # pytest's own failures are no Exceptions
             outcome = pickle.dumps(_Outcome(time.monotonic(), error=traceback.format_exc()))

@@ -10,17 +10,18 @@ import torch.distributed as dist
 from helpers.distributed import RankError, run_on_ranks
 
 
-def sum_of_ranks(start: int) -> tuple[int, torch.Tensor]:
-    total = torch.tensor([float(start + dist.get_rank())])
-    dist.all_reduce(total)
-    return dist.get_rank(), total
-
-
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_every_rank_takes_part_and_results_come_back_in_rank_order(start_method):
+    weight = torch.tensor(2.0)
+
+    def sum_of_ranks(start: int) -> tuple[int, torch.Tensor]:
+        total = weight * (start + dist.get_rank())
+        dist.all_reduce(total)
+        return dist.get_rank(), total
+
     results = run_on_ranks(sum_of_ranks, 2, 10, start_method=start_method)
     assert [rank for rank, _ in results] == [0, 1]
-    assert [total.item() for _, total in results] == [21.0, 21.0]
+    assert [total.item() for _, total in results] == [42.0, 42.0]
 
 
 def test_a_backward_pass_runs_on_a_rank_after_one_in_the_parent():
