@@ -1,7 +1,7 @@
 """Run a function on N ranks: processes of this machine that talk over gloo.
 
 Ranks are forked where that is safe, so a rank starts in milliseconds with everything imported. On a machine with CUDA
-they are spawned: neither a CUDA context nor autograd's device threads survive a fork. Any function will do in both ways.
+they are spawned: neither a CUDA context nor autograd's device threads survive a fork. Any function will do in both.
 A rank that raises, dies or hangs ends the whole call: the others are killed, and the caller sees which rank it was.
 """
 
