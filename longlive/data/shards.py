@@ -142,6 +142,7 @@ def write_shards(
     if finished.exists():
         content = json.loads(finished.read_text())
         _check_plan(content.get("plan"), plan, directory, "holds finished shards")
+        shutil.rmtree(parts, ignore_errors=True)
         return ShardIndex.from_json(content, str(finished))
     parts.mkdir(parents=True, exist_ok=True)
     if (parts / "plan.json").exists():
@@ -191,15 +192,13 @@ def _write_shard(
     metadata: dict[str, dict[str, Any]] = {}
     skipped: list[tuple[str, str]] = []
     with write_aside(directory / name) as temporary:
-        # ShardWriter takes a %-pattern and would add its own numbers: the name is complete here.
-        writer = webdataset.ShardWriter(
-            str(temporary).replace("%", "%%") + "%.0s",
-            maxcount=len(clips) + 1,
-            maxsize=float("inf"),
-            verbose=0,
-            mtime=0,
-        )
-        with writer:
+        # One ShardWriter per tar: it would start the next one by its own count, and name it its own way.
+        with (
+            temporary.open("wb") as file,
+            webdataset.ShardWriter(
+                "%d", maxcount=len(clips) + 1, maxsize=float("inf"), opener=lambda _: file, verbose=0, mtime=0
+            ) as writer,
+        ):
             for clip_index in clips:
                 try:
                     clip = source[clip_index]
@@ -216,8 +215,6 @@ def _write_shard(
                     writer.write({"__key__": clip.key, clip.suffix: video, "json": json.dumps(fields).encode()})
                 advance()
         places = scan_tar(temporary)
-        if not metadata:
-            temporary.write_bytes(b"")
     samples = tuple(
         ShardSample(
             key=key,

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from longlive.data.shots import Shot, check_shots
 from longlive.data.video import VIDEO_SUFFIXES, UnreadableVideoError, open_video
@@ -54,6 +54,7 @@ class SourceClip:
             raise ValueError(f"suffix={self.suffix!r} of clip {self.key!r} is not one of {', '.join(VIDEO_SUFFIXES)}")
 
 
+@runtime_checkable
 class ClipSource(Protocol):
     """A deterministic sequence of clips."""
 

@@ -286,7 +286,8 @@ def clears_decoder(packet: av.Packet) -> bool:
     """Whether nothing after a key frame can refer to anything before it.
 
     In H.264 only an IDR picture (NAL unit type 5) does that; x264's open groups begin with another kind of picture that
-    containers mark as a key frame all the same (ITU-T H.264, 7.4.1.2.4). The other codecs that decord may read have one kind.
+    containers mark as a key frame all the same (ITU-T H.264, 7.4.1.2.4). The other codecs that decord may read have but
+    one kind.
     """
     context = packet.stream.codec_context
     if context.codec.canonical_name != "h264":
