@@ -41,11 +41,15 @@ def gated_sum(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(x.float(), update.float(), gate).to(x.dtype)
 
 
-class QKVProjection(nn.Module):
-    """The parameters that both kinds of attention have: four projections and the RMS norms of queries and keys.
+class WidthNorm(nn.RMSNorm):
+    """RMS norm over the full width, across heads, in the dtype of the input: under autocast the weight follows it."""
 
-    The norms run over the full width, across heads.
-    """
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class QKVProjection(nn.Module):
+    """The parameters that both kinds of attention have: four projections and the RMS norms of queries and keys."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -54,8 +58,8 @@ class QKVProjection(nn.Module):
         self.k = nn.Linear(config.dim, config.dim)
         self.v = nn.Linear(config.dim, config.dim)
         self.o = nn.Linear(config.dim, config.dim)
-        self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
-        self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
+        self.norm_q = WidthNorm(config.dim, eps=config.eps)
+        self.norm_k = WidthNorm(config.dim, eps=config.eps)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """`[... d]` to `[... n e]`."""
