@@ -2,7 +2,7 @@
 
 A *slot table* lists, for one sample, the chunk that lives in each slot (`None`: empty). Who may see whom is not decided
 here: `models.visibility.visible_history` is the one definition, shared with the training masks. Two facts about it make
-the cache simple, and the tests prove both against it for random shots:
+the cache simple, and the tests check both against it for every pattern of cuts:
 
 1. *What a chunk cannot see, no later chunk can see.* Going from chunk c to c + 1 the visible history only gains c: the
    window moves on, and a new sink is c itself. So the slots of invisible chunks are free, and eviction needs no
@@ -77,7 +77,7 @@ def relative_positions(
     """
     positions: list[float] = []
     position = 0.0
-    for previous, chunk in zip([None, *chunks[:-1]], chunks, strict=True):
+    for previous, chunk in zip([None, *chunks][:-1], chunks, strict=True):
         if previous is not None:
             position += chunk_frames + shot_rope_offset * (shot_index[chunk] != shot_index[previous])
         positions.append(position)
