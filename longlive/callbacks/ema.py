@@ -1,0 +1,123 @@
+"""An exponential moving average of the weights: what validation, sampling and generation use.
+
+    average <- d average + (1 - d) weights,    d = min(decay, (1 + n) / (10 + n)) at the n-th update
+
+The growing d lets a short run forget its random start (the rule of TensorFlow's and diffusers' averages). The average lives beside
+the parameters, tensor by tensor: where those are shards, it is shards, and nothing is gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from longlive.typing import Tensor
+
+
+class EMA(Callback):
+    """Average the trainable weights after every optimizer step.
+
+    Args:
+        decay: the largest d.
+        start_step: before this optimizer step the average is the weights themselves.
+
+    Raises:
+        ValueError: if the decay is not in [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.99, start_step: int = 0) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay} must be at least 0 and below 1")
+        if start_step < 0:
+            raise ValueError(f"start_step={start_step} must be at least 0")
+        self.decay = decay
+        self.start_step = start_step
+        self.num_updates = 0
+        self.average: dict[str, Tensor] = {}
+        self._swapped = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, parameter in _trainable(pl_module):
+            kept = self.average.get(name)
+            # A loaded average comes from the CPU; it takes the parameter's device and layout.
+            self.average[name] = parameter.detach().clone() if kept is None else kept.to(parameter)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Under gradient accumulation most batches end without an optimizer step.
+        if trainer.global_step > self._steps_seen:
+            self._steps_seen = trainer.global_step
+            self.update(pl_module, trainer.global_step)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._steps_seen = trainer.global_step
+
+    @torch.no_grad()
+    def update(self, pl_module: LightningModule, step: int) -> None:
+        """Fold the weights after optimizer step `step` (counted from 1) into the average."""
+        names, parameters = zip(*_trainable(pl_module), strict=True)
+        averages = [self.average[name] for name in names]
+        if step <= self.start_step:
+            torch._foreach_copy_(averages, list(parameters))
+            return
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        torch._foreach_lerp_(averages, list(parameters), 1 - decay)
+        self.num_updates += 1
+
+    @contextmanager
+    def averaged(self, pl_module: LightningModule) -> Iterator[None]:
+        """Inside, the module's weights are the average; afterwards they are what they were. Nests."""
+        if self._swapped or not self.average:
+            yield
+            return
+        self._swap(pl_module)
+        self._swapped = True
+        try:
+            yield
+        finally:
+            self._swap(pl_module)
+            self._swapped = False
+
+    @torch.no_grad()
+    def _swap(self, pl_module: LightningModule) -> None:
+        for name, parameter in _trainable(pl_module):
+            parameter.data, self.average[name] = self.average[name], parameter.data
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.average:
+            self._swap(pl_module)
+            self._swapped = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._swapped:
+            self._swap(pl_module)
+            self._swapped = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # A checkpoint saved on the way out holds the weights as weights and the average as average.
+        self.on_validation_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_updates": self.num_updates, "average": self.average}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.num_updates = int(state_dict["num_updates"])
+        self.average = dict(state_dict["average"])
+
+
+def _trainable(pl_module: LightningModule) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, parameter) for name, parameter in pl_module.named_parameters() if parameter.requires_grad)
+
+
+def averaged_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The module's weights in a checkpoint, with the average where there is one."""
+    weights = dict(checkpoint["state_dict"])
+    for key, state in checkpoint.get("callbacks", {}).items():
+        if key.startswith(EMA.__name__):
+            weights |= state["average"]
+    return weights

@@ -1,0 +1,87 @@
+"""What the loss is made of: the mean over ranks and micro-batches, and its parts by timestep and by position in the clip.
+
+A single number hides two things that go wrong in autoregressive training: a network that is good at high noise only, and one that
+is good only where there is little history. All parts travel in one tensor and one reduction per log interval.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from longlive.diffusion.schedule import TIMESTEP_SCALE
+from longlive.modules.base import LongLiveModule
+from longlive.typing import Tensor
+
+QUARTERS = 4
+
+
+class LossBreakdown(Callback):
+    """Logs `train/loss`, `train/loss_timestep_quarter_{1..4}`, `train/loss_clip_quarter_{1..4}`, `train/gradient_norm` (before
+    clipping) and `train/learning_rate`.
+
+    The quarters hold unweighted errors of valid frames. `train/loss` is the mean of the interval's steps.
+    """
+
+    def __init__(self) -> None:
+        self.last_loss = float("nan")
+        """Of the last step, on this rank; the progress bar shows it."""
+        self._sums: Tensor | None = None
+        self._gradient_norm: Tensor | None = None
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if _is_logged(trainer):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self._gradient_norm = get_total_norm(gradients)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LongLiveModule)
+        # Lightning hands over the loss divided by the number of accumulated batches.
+        loss = outputs["loss"].detach().float() * trainer.accumulate_grad_batches
+        parts = breakdown(loss, outputs["frame_errors"], outputs["timesteps"], outputs["valid"])
+        self._sums = parts if self._sums is None else self._sums + parts
+        if trainer.global_step % trainer.log_every_n_steps or trainer.fit_loop._should_accumulate():
+            return
+        sums = pl_module.sum_over_ranks(self._sums).cpu()
+        self._sums = None
+        self.last_loss = float(sums[0, 0] / sums[1, 0])
+        values = {"train/loss": self.last_loss}
+        for quarter in range(QUARTERS):
+            for name, column in (("timestep", 1 + quarter), ("clip", 1 + QUARTERS + quarter)):
+                if sums[1, column] > 0:
+                    values[f"train/loss_{name}_quarter_{quarter + 1}"] = float(sums[0, column] / sums[1, column])
+        if self._gradient_norm is not None:
+            values["train/gradient_norm"] = float(self._gradient_norm)
+        values["train/learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step - 1)
+
+
+def breakdown(loss: Tensor, errors: Tensor, timesteps: Tensor, valid: Tensor) -> Tensor:
+    """Sums (row 0) and counts (row 1) of: the loss, errors by timestep quarter, errors by quarter of the clip.
+
+    Args:
+        loss: of this micro-batch.
+        errors, timesteps, valid: `[b f]`.
+    """
+    num_frames = errors.shape[1]
+    timestep_quarter = (timesteps * QUARTERS / TIMESTEP_SCALE).long().clamp(0, QUARTERS - 1)
+    clip_quarter = (torch.arange(num_frames, device=errors.device) * QUARTERS // num_frames).expand_as(errors)
+    weights = valid.to(errors)
+    columns = [torch.stack([loss, torch.ones_like(loss)])]
+    for quarter_of_frame in (timestep_quarter, clip_quarter):
+        for quarter in range(QUARTERS):
+            inside = weights * (quarter_of_frame == quarter)
+            columns.append(torch.stack([(errors * inside).sum(), inside.sum()]))
+    return torch.stack(columns, dim=1)
+
+
+def _is_logged(trainer: Trainer) -> bool:
+    """Whether the optimizer step that is about to be taken will be logged."""
+    return (trainer.global_step + 1) % trainer.log_every_n_steps == 0

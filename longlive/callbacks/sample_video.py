@@ -1,0 +1,168 @@
+"""Videos while training: roll out a few prompts with the averaged weights, show them in TensorBoard, keep the mp4 files.
+
+TensorBoard gets an animated GIF (its own `add_video` writes nothing with current moviepy); the exact video lies beside the log as
+mp4. Metrics given here are computed on the same videos.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+from longlive.callbacks.ema import EMA
+from longlive.data.video import write_mp4
+from longlive.modules.base import LongLiveModule, to_unit_range
+from longlive.rollout.video import generate_videos
+from longlive.typing import RawFrames, Tensor, UInt8
+
+
+class VideoMetric(Protocol):
+    """What is measured on videos and their prompts; `metrics.toyworld.ToyWorldAccuracy` is one."""
+
+    def update(self, videos: Tensor, prompts: Sequence[str]) -> None: ...
+
+    def compute(self) -> dict[str, Tensor]: ...
+
+    def reset(self) -> None: ...
+
+
+class SampleVideo(Callback):
+    """Every `every_n_steps` optimizer steps and after the last one: videos, on rank 0.
+
+    Args:
+        prompts: one video each.
+        num_frames: latent frames, a multiple of the module's `chunk_frames`.
+        height, width: pixels.
+        fps: of the files.
+        every_n_steps: 0: never during training, only at its end.
+        seed: names the noise: the same one every time, so that videos of different steps compare.
+        directory: where the mp4 files go, in a folder per step.
+        metric: optional, logged as `samples/<name>`.
+        num_shown: this many of the videos are written to TensorBoard and to files; all are measured.
+
+    Raises:
+        ValueError: if there is no prompt.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        num_frames: int,
+        height: int,
+        width: int,
+        directory: str,
+        fps: float = 24.0,
+        every_n_steps: int = 500,
+        seed: int = 0,
+        metric: VideoMetric | None = None,
+        num_shown: int = 4,
+    ) -> None:
+        if not prompts:
+            raise ValueError("no prompt: SampleVideo needs at least one")
+        self.prompts = list(prompts)
+        self.num_frames = num_frames
+        self.height, self.width, self.fps = height, width, fps
+        self.every_n_steps = every_n_steps
+        self.seed = seed
+        self.directory = Path(directory)
+        self.metric = metric
+        self.num_shown = num_shown
+        self._last_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse impossible lengths before training starts."""
+        assert isinstance(pl_module, LongLiveModule)
+        pl_module.rollout.num_chunks(self.num_frames)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.every_n_steps and step % self.every_n_steps == 0 and step != trainer.max_steps:
+            self.sample(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.sample(trainer, pl_module)
+
+    @torch.no_grad()
+    def sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Roll out, measure and write, once per optimizer step."""
+        if trainer.global_step == self._last_step or not trainer.is_global_zero:
+            return
+        self._last_step = trainer.global_step
+        assert isinstance(pl_module, LongLiveModule)
+        averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+        pl_module.eval()
+        if averages:
+            with averages[0].averaged(pl_module), trainer.precision_plugin.forward_context():
+                videos = self._roll_out(pl_module)
+        else:
+            with trainer.precision_plugin.forward_context():
+                videos = self._roll_out(pl_module)
+        pl_module.train()
+        self._write(videos[: self.num_shown], trainer)
+        if self.metric is not None:
+            self.metric.reset()
+            self.metric.update(to_unit_range(videos), self.prompts)
+            values = {f"samples/{name}": float(value) for name, value in self.metric.compute().items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step - 1)
+
+    def _roll_out(self, module: LongLiveModule) -> RawFrames:
+        num_chunks = module.rollout.num_chunks(self.num_frames)
+        codec = module.codec
+        videos, _ = generate_videos(
+            module.rollout_engine(),
+            codec,
+            module.text_encoder,
+            [[prompt] * num_chunks for prompt in self.prompts],
+            (self.height // codec.spatial_ratio, self.width // codec.spatial_ratio),
+            seed=self.seed,
+            sample_ids=range(len(self.prompts)),
+        )
+        return videos
+
+    def _write(self, videos: RawFrames, trainer: Trainer) -> None:
+        folder = self.directory / f"step-{trainer.global_step:07d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, (video, prompt) in enumerate(zip(videos, self.prompts, strict=False)):
+            write_mp4(folder / f"{index:02d}-{slug(prompt)}.mp4", video, self.fps)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    add_animation(logger, f"samples/{index:02d}", video, prompt, self.fps, trainer.global_step - 1)
+
+
+def slug(prompt: str, longest: int = 60) -> str:
+    """A prompt as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:longest].rstrip("-") or "empty"
+
+
+def add_animation(
+    logger: TensorBoardLogger, tag: str, video: UInt8[Tensor, "t 3 H W"], prompt: str, fps: float, step: int
+) -> None:
+    """An animated GIF under the tag, and its prompt as text beside it."""
+    frames = [
+        Image.fromarray(frame).quantize(128, method=Image.Quantize.FASTOCTREE) for frame in video.permute(0, 2, 3, 1).numpy()
+    ]
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer, format="GIF", save_all=True, append_images=frames[1:], duration=max(20, round(1000 / fps)), loop=0
+    )
+    image = Summary.Image(
+        height=video.shape[2], width=video.shape[3], colorspace=3, encoded_image_string=buffer.getvalue()
+    )
+    writer = logger.experiment._get_file_writer()
+    writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    logger.experiment.add_text(f"{tag}/prompt", prompt, step)

@@ -1,0 +1,114 @@
+"""Where the time of a step goes, and how many tokens and samples it moves.
+
+Phases of a step: *data* (waiting for the loader), *encode* (codec, text encoder, noise), *forward*, *backward*, *optimizer*
+(clipping, step, everything until the batch ends). Phases are measured on the steps that are logged; on an accelerator each
+border then waits for the device, which other steps never do. Tokens are those of the network's sequence, clean history and noisy
+targets, on all ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from longlive.data.batch import VideoBatch
+from longlive.modules.base import LongLiveModule
+from longlive.typing import Tensor
+
+PHASES = ("data", "encode", "forward", "backward", "optimizer")
+
+
+class Throughput(Callback):
+    """Logs `throughput/{tokens_per_second,step_seconds}`, `throughput/seconds_{phase}`, `progress/{samples,tokens}`.
+
+    Samples and tokens are counted since the first step of the run and survive resuming.
+    """
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.num_tokens = 0
+        self.tokens_per_second = 0.0
+        """Of the last log interval; the progress bar shows it."""
+        self._seconds: dict[str, float] = {}
+        self._phase: str | None = None
+        self._phase_start = self._batch_end = time.perf_counter()
+        self._interval_start = time.perf_counter()
+        self._interval_tokens = 0
+        self._interval_batches = 0
+        self._measured = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(pl_module, LongLiveModule):
+            raise TypeError(f"Throughput measures a LongLiveModule, got {type(pl_module).__name__}")
+        pl_module.on_phase = self._begin
+        self._batch_end = self._interval_start = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._measured = (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps == 0
+        self._seconds = {"data": time.perf_counter() - self._batch_end}
+        self._phase = None
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._begin("backward")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._begin("optimizer")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: VideoBatch, batch_idx: int
+    ) -> None:
+        self._begin(None)
+        assert isinstance(pl_module, LongLiveModule)
+        tokens = num_tokens(batch, pl_module) * trainer.world_size
+        self.num_tokens += tokens
+        self.num_samples += batch.batch_size * trainer.world_size
+        self._interval_tokens += tokens
+        self._interval_batches += 1
+        if self._measured:
+            now = time.perf_counter()
+            elapsed = now - self._interval_start
+            self.tokens_per_second = self._interval_tokens / elapsed
+            values = {f"throughput/seconds_{phase}": self._seconds.get(phase, 0.0) for phase in PHASES}
+            values["throughput/tokens_per_second"] = self.tokens_per_second
+            values["throughput/step_seconds"] = elapsed / self._interval_batches
+            values["progress/samples"] = float(self.num_samples)
+            values["progress/tokens"] = float(self.num_tokens)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step - 1)
+            self._interval_start, self._interval_tokens, self._interval_batches = now, 0, 0
+        self._batch_end = time.perf_counter()
+
+    def _begin(self, phase: str | None) -> None:
+        """End the running phase and start another one."""
+        if not self._measured:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._phase is not None:
+            self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._phase_start
+        self._phase, self._phase_start = phase, now
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_samples": self.num_samples, "num_tokens": self.num_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.num_samples = int(state_dict["num_samples"])
+        self.num_tokens = int(state_dict["num_tokens"])
+
+
+def num_tokens(batch: VideoBatch, module: LongLiveModule) -> int:
+    """Tokens of the batch's sequences, clean and noisy copies together."""
+    if batch.latents is not None:
+        num_frames, _, height, width = batch.latents.shape[1:]
+    else:
+        assert batch.raw_frames is not None
+        codec = module.codec
+        num_frames = 1 + (batch.raw_frames.shape[1] - 1) // codec.temporal_ratio
+        height, width = (size // codec.spatial_ratio for size in batch.raw_frames.shape[-2:])
+    rows, columns = module.model_config.patches(height, width)
+    return 2 * batch.batch_size * num_frames * rows * columns

@@ -1,0 +1,275 @@
+"""`longlive generate`: a checkpoint and prompts become videos, a contact sheet and a record of how they were made.
+
+The checkpoint says what it is: network, codec, text encoder, chunk size and rollout settings come from the config inside it;
+`rollout.*` settings given here replace those. Every video is a function of (checkpoint, settings, prompt, seed, its number), and is
+written whole or not at all: an interrupted run started again keeps the finished ones.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from longlive import __version__
+from longlive.callbacks.ema import averaged_weights
+from longlive.callbacks.sample_video import slug
+from longlive.codecs.base import num_raw_frames
+from longlive.config import instantiate
+from longlive.data.atomic import write_aside
+from longlive.data.video import open_video, write_mp4
+from longlive.modules.base import LongLiveModule, check_same_shapes, to_unit_range
+from longlive.parallel.checkpoint import find_checkpoint, load_checkpoint
+from longlive.rollout.engine import ChunkReport, RolloutSettings
+from longlive.rollout.video import Timings, generate_videos
+from longlive.train import choose_precision
+from longlive.typing import RawFrames, Tensor, UInt8
+
+log = logging.getLogger(__name__)
+
+SHEET_COLUMNS = 8
+"""Raw frames of one video in the contact sheet, evenly spread, first and last included."""
+RECORD = "generation.json"
+
+
+def generate(config: DictConfig) -> dict[str, Any]:
+    """Run `conf/generate.yaml` as composed; returns what it also writes to `generation.json`.
+
+    Raises:
+        ValueError: if there is no prompt, a setting is wrong, the checkpoint does not fit its own config, or the directory holds
+            videos of other settings.
+        FileNotFoundError: if there is no checkpoint.
+    """
+    start = time.perf_counter()
+    prompts = read_prompts(config.prompts)
+    path = find_checkpoint(config.checkpoint)
+    checkpoint = load_checkpoint(path)
+    module = load_module(checkpoint, path)
+    settings = replace(module.rollout, **{k: v for k, v in OmegaConf.to_container(config.rollout).items() if v is not None})
+    training = checkpoint["config"]["data"]
+    num_frames = config.num_frames or training["num_frames"]
+    num_chunks = settings.num_chunks(num_frames)
+    height, width = config.height or training["height"], config.width or training["width"]
+    fps = config.fps or training["fps"]
+    module.codec.check_video(torch.empty(0, num_raw_frames(num_frames, module.codec.temporal_ratio), 3, height, width))
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size={config.batch_size} must be at least 1")
+
+    directory = Path(config.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    record = {
+        "settings": {
+            "checkpoint": str(path),
+            "step": checkpoint["global_step"],
+            "seed": config.seed,
+            "negative_prompt": config.negative_prompt,
+            "num_frames": num_frames,
+            "height": height,
+            "width": width,
+            "fps": fps,
+            "rollout": asdict(settings),
+            "precision": choose_precision(config.precision),
+            "prompts": prompts,
+        },
+        "version": __version__,
+        "torch": torch.__version__,
+        "device": device_name(),
+        "timings": {},
+    }
+    _check_directory(directory, record)
+    files = [directory / f"{index:03d}-{slug(prompt)}.mp4" for index, prompt in enumerate(prompts)]
+    waiting = [index for index, file in enumerate(files) if not file.exists()]
+    module.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    engine = module.rollout_engine(settings)
+    batches = [waiting[i : i + config.batch_size] for i in range(0, len(waiting), config.batch_size)]
+    timings: list[Timings] = []
+    with progress_bar() as progress, _autocast(config.precision, module.device):
+        task = progress.add_task("generating", total=len(batches) * num_chunks)
+
+        def advance(report: ChunkReport) -> None:
+            progress.advance(task)
+
+        for batch in batches:
+            videos, batch_timings = generate_videos(
+                engine,
+                module.codec,
+                module.text_encoder,
+                [[prompts[index]] * num_chunks for index in batch],
+                (height // module.codec.spatial_ratio, width // module.codec.spatial_ratio),
+                seed=config.seed,
+                sample_ids=batch,
+                negative_prompt=config.negative_prompt,
+                on_chunk=advance,
+            )
+            timings.append(batch_timings)
+            for index, video in zip(batch, videos, strict=True):
+                write_mp4(files[index], video, fps)
+    if timings:
+        total = Timings(
+            sum(each.loop for each in timings),
+            sum(each.streaming for each in timings),
+            sum(each.raw_frames for each in timings),
+        )
+        record["timings"] = total.to_json() | {
+            "whole": time.perf_counter() - start,
+            "videos_generated": len(waiting),
+            "batch_size": config.batch_size,
+        }
+    sheet = directory / "contact_sheet.png"
+    write_contact_sheet(sheet, files[: config.sheet_rows], prompts)
+    if config.metric is not None:
+        record["metrics"] = measure(instantiate(config.metric), files, prompts)
+        print_metrics(record["metrics"])
+    _write_json(directory / RECORD, record)
+    print(f"{len(files)} videos of {num_raw_frames(num_frames, module.codec.temporal_ratio)} raw frames in {directory}")
+    print(f"contact sheet: {sheet}")
+    return record
+
+
+def read_prompts(prompts: Any) -> list[str]:
+    """Prompts as the setting gives them: one text, a list, a text file with one prompt per line, or an object that makes them.
+
+    Raises:
+        ValueError: if that leaves no prompt, or one is empty.
+    """
+    if isinstance(prompts, DictConfig):
+        found = list(instantiate(prompts))
+    elif isinstance(prompts, str):
+        is_file = prompts.endswith(".txt")
+        if is_file and not Path(prompts).is_file():
+            raise ValueError(f"prompts={prompts!r}: there is no such file; give a text file with one prompt per line")
+        lines = Path(prompts).read_text(encoding="utf-8").splitlines() if is_file else [prompts]
+        found = [line.strip() for line in lines if line.strip()]
+    else:
+        found = [str(prompt) for prompt in prompts or ()]
+    if not found or not all(prompt.strip() for prompt in found):
+        raise ValueError(
+            "no prompt: give prompts='a text', prompts=[text,text], prompts=file.txt (one per line) or prompts=toyworld"
+        )
+    return found
+
+
+def load_module(checkpoint: Mapping[str, Any], path: Path) -> LongLiveModule:
+    """The module of a checkpoint, with its averaged weights, in eval mode, on the CPU.
+
+    Raises:
+        ValueError: if the checkpoint holds no config, or weights of another network than its config describes.
+    """
+    if not checkpoint.get("config"):
+        raise ValueError(f"{path} holds no config, so it does not say what network it is; it was not written by `longlive train`")
+    config = OmegaConf.create(checkpoint["config"])
+    config.module.weights = None
+    module: LongLiveModule = instantiate(config.module)
+    module.configure_model()
+    weights = averaged_weights(checkpoint)
+    check_same_shapes(module.state_dict(), weights)
+    module.load_state_dict(weights)
+    return module.eval()
+
+
+def device_name() -> str:
+    """The accelerator's name, or the CPU's with the number of threads used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def progress_bar() -> Progress:
+    """Chunks done, elapsed and left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("chunks"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def write_contact_sheet(path: Path, files: Sequence[Path], prompts: Sequence[str]) -> None:
+    """A PNG with a row per video: raw frames evenly spread over it, its prompt above."""
+    rows = []
+    for file in files:
+        with open_video(file) as reader:
+            places = torch.linspace(0, reader.num_raw_frames - 1, min(SHEET_COLUMNS, reader.num_raw_frames)).round().long()
+            rows.append(reader.read(places.tolist()))
+    scale = max(1, 96 // rows[0].shape[-1])
+    height, width = rows[0].shape[-2] * scale, rows[0].shape[-1] * scale
+    caption, gap = 16, 4
+    sheet = Image.new("RGB", (len(rows[0]) * (width + gap), len(rows) * (height + caption + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (frames, prompt) in enumerate(zip(rows, prompts, strict=False)):
+        top = row * (height + caption + gap)
+        pen.text((2, top + 2), prompt, fill="black")
+        for column, frame in enumerate(_images(frames)):
+            image = frame.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(image, (column * (width + gap), top + caption))
+    with write_aside(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def measure(metric: Any, files: Sequence[Path], prompts: Sequence[str]) -> dict[str, float]:
+    """A video metric on the files as written."""
+    for file, prompt in zip(files, prompts, strict=True):
+        metric.update(to_unit_range(_read_whole(file)[None]), [prompt])
+    return {name: round(float(value), 4) for name, value in metric.compute().items()}
+
+
+def print_metrics(metrics: Mapping[str, float]) -> None:
+    """A table: a row per attribute, with quarters and drift where the metric has them."""
+    names = [name for name in metrics if "/" not in name]
+    spans = list(dict.fromkeys(name.split("/")[1] for name in metrics if "/" in name))
+    table = Table("", "video", *(span.replace("_", " ") for span in spans))
+    for name in names:
+        table.add_row(name, *(f"{metrics[k]:.3f}" if k in metrics else "" for k in (name, *(f"{name}/{s}" for s in spans))))
+    Console().print(table)
+
+
+def _read_whole(file: Path) -> RawFrames:
+    with open_video(file) as reader:
+        return reader.read(range(reader.num_raw_frames))
+
+
+def _images(frames: UInt8[Tensor, "t 3 H W"]) -> Iterator[Image.Image]:
+    return (Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).numpy())
+
+
+def _check_directory(directory: Path, record: dict[str, Any]) -> None:
+    """Write the record of a new run; refuse to mix videos of two runs.
+
+    Raises:
+        ValueError: if the directory belongs to other settings.
+    """
+    path = directory / RECORD
+    settings = json.loads(json.dumps(record["settings"]))
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        changed = [name for name in settings if settings[name] != before.get(name)]
+        if changed:
+            raise ValueError(
+                f"{directory} holds videos made with another {', '.join(changed)}; nothing already written is overwritten: give "
+                "another directory=..., or remove it"
+            )
+    else:
+        _write_json(path, record)
+
+
+def _write_json(path: Path, record: Mapping[str, Any]) -> None:
+    with write_aside(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _autocast(precision: str, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=choose_precision(precision).startswith("bf16"))

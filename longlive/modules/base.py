@@ -1,0 +1,220 @@
+"""What every training stage shares: a causal network, a codec, a text encoder, an optimizer, and in which order they are built.
+
+`configure_model` is the one place where a network comes into being. Its body is the order of the steps; a stage that adds one
+(adapters, sharding) adds it there.
+
+Codec and text encoder are frozen and not part of the module's state: no optimizer, no average and no checkpoint sees them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from longlive.codecs.base import VideoCodec
+from longlive.data.batch import VideoBatch
+from longlive.diffusion.schedule import FlowSchedule
+from longlive.models.wan.config import WanConfig
+from longlive.models.wan.model import CausalWan
+from longlive.models.wan.weights import load_weights
+from longlive.rollout.engine import RolloutEngine, RolloutSettings
+from longlive.text.base import TextEncoder
+from longlive.text.cache import unique_prompts
+from longlive.typing import Int, Latents, PromptEmbeds, RawFrames, Tensor, Video
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+LearningRateFactory = Callable[[Optimizer], LRScheduler]
+
+
+def to_unit_range(raw_frames: RawFrames) -> Video:
+    """uint8 pixels to [-1, 1], float32."""
+    return raw_frames.float() / 127.5 - 1
+
+
+class LongLiveModule(LightningModule):
+    """Base of the training stages.
+
+    Args:
+        model: sizes of the network.
+        codec: raw frames <-> latents.
+        text_encoder: prompts -> embeddings.
+        schedule: noise levels of training and rollout.
+        chunk_frames: frames denoised together.
+        optimizer: makes the optimizer from the trainable parameters.
+        learning_rate: makes the learning-rate schedule, stepped once per optimizer step; None: constant.
+        weights: where the network's weights start from: safetensors in Wan's or diffusers' names (a file, an index or a
+            folder). None: `init_weights(seed)`. This is not how a run is resumed.
+        rollout: how this network is meant to be rolled out; samples during training use it, and `generate` starts from it.
+        seed: names every random draw of the run.
+    """
+
+    network: CausalWan | None
+
+    def __init__(
+        self,
+        *,
+        model: WanConfig,
+        codec: VideoCodec,
+        text_encoder: TextEncoder,
+        schedule: FlowSchedule,
+        chunk_frames: int,
+        optimizer: OptimizerFactory,
+        learning_rate: LearningRateFactory | None = None,
+        weights: str | None = None,
+        rollout: RolloutSettings | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if model.in_channels != codec.latent_channels:
+            raise ValueError(
+                f"model.in_channels={model.in_channels}, but the codec makes latents of {codec.latent_channels} channels; set "
+                f"model.in_channels and model.out_channels to {codec.latent_channels}"
+            )
+        if model.text_dim != text_encoder.embed_dim:
+            raise ValueError(
+                f"model.text_dim={model.text_dim}, but the text encoder's embeddings have {text_encoder.embed_dim} features; set "
+                f"model.text_dim={text_encoder.embed_dim}"
+            )
+        if chunk_frames < 1:
+            raise ValueError(f"chunk_frames={chunk_frames} must be at least 1")
+        if rollout is not None and rollout.chunk_frames != chunk_frames:
+            raise ValueError(
+                f"rollout.chunk_frames={rollout.chunk_frames} differs from chunk_frames={chunk_frames}; a model rolls out in the "
+                "chunks that it was trained on"
+            )
+        if weights is not None and not Path(weights).exists():
+            raise ValueError(f"weights={weights!r} does not exist; give a safetensors file, its index, or a folder of them")
+        self.model_config = model
+        # In a tuple, so that they are no submodules.
+        self._frozen = (codec.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False))
+        self.schedule = schedule
+        self.chunk_frames = chunk_frames
+        self.make_optimizer = optimizer
+        self.make_learning_rate = learning_rate
+        self.weights = weights
+        self.rollout = rollout or RolloutSettings(chunk_frames=chunk_frames)
+        self.seed = seed
+        self.run_config: dict[str, Any] = {}
+        """The resolved config, as plain containers: kept in every checkpoint, so that a checkpoint says what it is."""
+        self.on_phase: Callable[[str], None] = lambda phase: None
+        """Called at the start of the phases `encode` and `forward`; throughput measurement listens."""
+        self.network = None
+
+    @property
+    def codec(self) -> VideoCodec:
+        """On the module's device."""
+        codec = self._frozen[0]
+        return codec if codec_device(codec) == self.device else codec.to(self.device)
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        return self._frozen[1]
+
+    def configure_model(self) -> None:
+        """Build the network: on meta -> weights -> precision. Called again for validation: then there is nothing to do."""
+        if self.network is not None:
+            return
+        with torch.device("meta"):
+            network = CausalWan(self.model_config)
+        network.to_empty(device="cpu")
+        if self.weights is None:
+            network.init_weights(self.seed)
+        else:
+            load_weights(network, self.weights)
+        if self._trainer is not None:
+            # Lightning calls this after configure_model again, and finds nothing left to convert.
+            network = self.trainer.precision_plugin.convert_module(network)  # type: ignore[assignment]
+        self.network = network
+
+    @property
+    def trained_network(self) -> CausalWan:
+        """The network.
+
+        Raises:
+            RuntimeError: before `configure_model`.
+        """
+        if self.network is None:
+            raise RuntimeError("the network is built by configure_model(); call it first (a Trainer does)")
+        return self.network
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if self.make_learning_rate is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_learning_rate(optimizer), "interval": "step"},
+        }
+
+    @torch.no_grad()
+    def encode(self, batch: VideoBatch) -> Latents:
+        """The batch's latents, float32; encodes raw frames.
+
+        Raises:
+            ValueError: if the raw frames are none that the codec takes.
+        """
+        if batch.latents is not None:
+            return batch.latents.float()
+        assert batch.raw_frames is not None
+        return self.codec.encode(to_unit_range(batch.raw_frames)).float()
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[Sequence[str]]) -> tuple[PromptEmbeds, Int[Tensor, "b p"]]:
+        """The distinct prompts' embeddings and which of them each chunk has, on the module's device."""
+        distinct, index = unique_prompts(prompts)
+        return self.text_encoder.encode(distinct).to(self.device), index.to(self.device)
+
+    def rollout_engine(self, settings: RolloutSettings | None = None) -> RolloutEngine:
+        """An engine over this network as it is now; `settings` default to the module's own."""
+        return RolloutEngine(self.trained_network, settings or self.rollout, self.schedule)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum over all ranks; with one rank, the values."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            values = values.clone()
+            torch.distributed.all_reduce(values)
+        return values
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.run_config
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another network before anything is overwritten."""
+        check_same_shapes(self.state_dict(), checkpoint["state_dict"])
+
+
+def codec_device(codec: VideoCodec) -> torch.device:
+    """Where a codec is; one without weights or buffers is on the CPU."""
+    for tensor in (*codec.parameters(), *codec.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def check_same_shapes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], most: int = 5) -> None:
+    """Compare names and shapes of two state dicts.
+
+    Raises:
+        ValueError: naming the first keys that differ.
+    """
+    differences = [f"{name}: missing in the checkpoint" for name in ours if name not in theirs]
+    differences += [f"{name}: not in this model" for name in theirs if name not in ours]
+    differences += [
+        f"{name}: {tuple(theirs[name].shape)} in the checkpoint, {tuple(value.shape)} in this model"
+        for name, value in ours.items()
+        if name in theirs and theirs[name].shape != value.shape
+    ]
+    if differences:
+        shown = "; ".join(differences[:most])
+        more = f"; and {len(differences) - most} more" if len(differences) > most else ""
+        raise ValueError(
+            f"the checkpoint is of another model: {shown}{more}. Use the model settings that it was trained with, or start a new "
+            "run in another directory"
+        )

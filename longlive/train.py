@@ -1,0 +1,96 @@
+"""`longlive train`: a composed config becomes objects, and the objects a run.
+
+A run lives in one directory. Started again with the same command, it continues from its newest complete checkpoint (`resume=auto`);
+`initialise_from` is something else: it takes the weights of another run and starts at step 0.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from longlive.callbacks.ema import averaged_weights
+from longlive.config import instantiate, to_plain
+from longlive.modules.base import LongLiveModule, check_same_shapes
+from longlive.parallel.checkpoint import AtomicCheckpointIO, find_checkpoint, load_checkpoint, newest_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def train(config: DictConfig) -> Trainer:
+    """Run `conf/train.yaml` as composed.
+
+    Raises:
+        ValueError: if a setting is wrong, before any work; the message names it.
+        FileNotFoundError: if data or a checkpoint that a setting names is missing.
+    """
+    directory = Path(config.directory)
+    checkpoint = _checkpoint_to_resume(config.resume, directory)
+    module: LongLiveModule = instantiate(config.module)
+    module.run_config = to_plain(config)
+    datamodule = instantiate(config.data)
+    trainer = make_trainer(config)
+    if config.initialise_from is not None and checkpoint is None:
+        initialise(module, config.initialise_from)
+    directory.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(module.run_config), directory / "config.yaml")
+    log.info("continuing from %s", checkpoint) if checkpoint else log.info("a new run in %s", directory)
+    trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    return trainer
+
+
+def make_trainer(config: DictConfig) -> Trainer:
+    """The Trainer of a config, with its precision, strategy, callbacks and loggers."""
+    callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
+    loggers = [instantiate(logger) for logger in config.logger.values() if logger is not None]
+    trainer: Trainer = instantiate(
+        config.trainer,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        precision=choose_precision(config.precision),
+        strategy=config.strategy,
+    )
+    return trainer
+
+
+def choose_precision(precision: str) -> str:
+    """`auto` is mixed bfloat16 where the device multiplies it in hardware, else float32; other names pass unchanged."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    return "bf16-mixed" if has_bf16 else "32-true"
+
+
+def initialise(module: LongLiveModule, location: str) -> None:
+    """Take the weights (the average, where there is one) of a checkpoint; step, optimizer and data position stay at 0.
+
+    Raises:
+        ValueError: if the checkpoint is of another model.
+    """
+    weights = averaged_weights(load_checkpoint(find_checkpoint(location)))
+    module.configure_model()
+    check_same_shapes(module.state_dict(), weights)
+    module.load_state_dict(weights)
+
+
+def _checkpoint_to_resume(resume: str | bool, directory: Path) -> Path | None:
+    if resume == "auto":
+        return newest_checkpoint(directory / "checkpoints")
+    if resume == "never":
+        found = newest_checkpoint(directory / "checkpoints")
+        if found is not None:
+            raise ValueError(
+                f"resume=never, but {found} exists: nothing already written is overwritten. Use another directory=..., or resume=auto"
+            )
+        return None
+    return find_checkpoint(str(resume))
+
+
