@@ -1,0 +1,218 @@
+#!/usr/bin/env python
+"""How fast teacher-forcing attention is, and what it costs in memory: dense rectangles against a dense mask.
+
+    .venv/bin/python tools/bench_attention.py
+    .venv/bin/python tools/bench_attention.py --tokens 512 --threads 2
+    .venv/bin/python tools/bench_attention.py --device cuda --dtype bfloat16 --tokens 1024 --heads 24 --head-dim 128
+
+Definitions. *Time*: forward and backward of one self-attention, rotation included, on one sample of `chunks` clean and
+as many noisy chunks. All functions run in turn, repeat after repeat, in one process; the table shows medians, and a
+speed-up is a ratio of medians. *Useful*: the share of the score entries computed that visibility asks for. *Of ideal*:
+the speed-up over the dense mask, relative to what computing only useful entries would give at the mask's speed. *Peak
+memory*: what forward and backward add to the process (on CUDA: to the allocator) above the inputs, each function in a
+fresh process after a small warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from longlive.models.attention import ChunkedAttention, FlexAttention, MaskedAttention, TeacherForcingAttention
+from longlive.models.visibility import VisibilityRule, count_entries, count_useful_entries, teacher_forcing_segments
+from longlive.models.wan.rope import rotation
+
+FUNCTIONS: dict[str, type[TeacherForcingAttention]] = {
+    "dense mask": MaskedAttention,
+    "chunked": ChunkedAttention,
+    "flex": FlexAttention,
+}
+BASELINE = "dense mask"
+
+
+class Case:
+    """One attention function with its inputs."""
+
+    def __init__(self, name: str, settings: argparse.Namespace, tokens: int) -> None:
+        segments = teacher_forcing_segments(settings.chunks, tokens)
+        shots = torch.zeros(1, settings.chunks, dtype=torch.int64)
+        self.device = torch.device(settings.device)
+        self.attention: Any = FUNCTIONS[name](segments, shots, VisibilityRule())
+        num_tokens = 2 * settings.chunks * tokens
+        options: dict[str, Any] = {"device": self.device, "dtype": getattr(torch, settings.dtype)}
+        generator = torch.Generator(self.device).manual_seed(0)
+        shape = (1, num_tokens, settings.heads, settings.head_dim)
+        *self.inputs, self.gradient = (torch.randn(shape, generator=generator, **options) for _ in range(4))
+        for x in self.inputs:
+            x.requires_grad_()
+        positions = torch.arange(num_tokens // 2, device=self.device).repeat(2)[None]
+        self.rotation = rotation(positions, 1, 1, settings.head_dim)
+
+    def run(self) -> float:
+        """Seconds of one forward and backward."""
+        for x in self.inputs:
+            x.grad = None
+        self._synchronize()
+        start = time.perf_counter()
+        self.attention(*self.inputs, self.rotation, layer=0).backward(self.gradient)
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def peak_memory(name: str, settings: argparse.Namespace) -> int | None:
+    """Bytes that a forward and backward add; None where the system does not tell. Runs in its own process."""
+    torch.set_num_threads(settings.threads)
+    # Threads, libraries and compiled kernels are loaded once, and are not what attention needs.
+    Case(name, settings, tokens=16).run()
+    case = Case(name, settings, settings.tokens)
+    if case.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        case.run()
+        return int(torch.cuda.max_memory_allocated() - before)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    # The high-water mark of imports would hide what attention needs: start it again from what is held now.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _high_water_mark(status)
+    case.run()
+    return _high_water_mark(status) - before
+
+
+def _high_water_mark(status: Path) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def hardware(settings: argparse.Namespace) -> str:
+    """The name of what computes."""
+    if settings.device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+    return f"{names[0] if names else platform.machine()}, {settings.threads} of {len(names)} cores"
+
+
+def commit() -> str:
+    """The commit of this checkout, marked if the tree differs from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return described.stdout.strip() or "unknown"
+
+
+def measure(settings: argparse.Namespace) -> dict[str, Any]:
+    """The whole record: what ran where, and one row per function."""
+    torch.set_num_threads(settings.threads)
+    # On the CPU FlexAttention has no backward.
+    names = [name for name in FUNCTIONS if name != "flex" or settings.device == "cuda"]
+    memory = {}
+    for name in track(names, "memory", transient=True):
+        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+            memory[name] = process.submit(peak_memory, name, settings).result()
+
+    cases = {name: Case(name, settings, settings.tokens) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for case in cases.values():
+        case.run()
+    for _ in track(range(settings.repeats), "time", transient=True):
+        for name, case in cases.items():
+            seconds[name].append(case.run())
+
+    segments = teacher_forcing_segments(settings.chunks, settings.tokens)
+    useful = count_useful_entries(segments, (0,) * settings.chunks, VisibilityRule())
+    computed = {name: count_entries(segments) if name == BASELINE else useful for name in names}
+    ideal = count_entries(segments) / useful
+    medians = {name: statistics.median(seconds[name]) for name in names}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "hardware": hardware(settings),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "settings": {name: value for name, value in vars(settings).items() if name != "json"},
+        "useful_share_of_all_entries": useful / count_entries(segments),
+        "functions": {
+            name: {
+                "median_ms": 1e3 * medians[name],
+                "min_ms": 1e3 * min(seconds[name]),
+                "speedup": medians[BASELINE] / medians[name],
+                "speedup_of_ideal": medians[BASELINE] / medians[name] / ideal,
+                "useful_share_of_computed": useful / computed[name],
+                "peak_memory_bytes": memory[name],
+            }
+            for name in names
+        },
+    }
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the record as a table."""
+    settings = record["settings"]
+    table = Table(
+        title=f"{settings['chunks']} clean + {settings['chunks']} noisy chunks x {settings['tokens']} tokens, "
+        f"{settings['heads']} heads x {settings['head_dim']}, {settings['dtype']}, forward + backward",
+        caption=f"{record['hardware']}; torch {record['versions']['torch']}; commit {record['commit']}; useful entries "
+        f"{record['useful_share_of_all_entries']:.1%} of all; medians of {settings['repeats']}",
+    )
+    for title in ("function", "median", "fastest", "speed-up", "of ideal", "useful", "peak memory"):
+        table.add_column(title, justify="left" if title == "function" else "right")
+    for name, row in record["functions"].items():
+        memory = row["peak_memory_bytes"]
+        table.add_row(
+            name,
+            f"{row['median_ms']:.1f} ms",
+            f"{row['min_ms']:.1f} ms",
+            f"{row['speedup']:.2f}x",
+            f"{row['speedup_of_ideal']:.0%}",
+            f"{row['useful_share_of_computed']:.0%}",
+            "unknown" if memory is None else f"{memory / 2**20:.0f} MiB",
+        )
+    console = Console()
+    console.print(table)
+    if settings["device"] == "cpu":
+        console.print("flex: no backward on the CPU, so not measured", style="dim")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chunks", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=128, help="per chunk")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--json", type=Path, default=Path("runs/bench_attention.json"))
+    settings = parser.parse_args()
+    record = measure(settings)
+    show(record)
+    settings.json.parent.mkdir(parents=True, exist_ok=True)
+    settings.json.write_text(json.dumps(record, indent=2) + "\n")
+    Console().print(f"written to {settings.json}")
+
+
+if __name__ == "__main__":
+    main()
