@@ -91,7 +91,9 @@ def _run(name: str, command: _Command, arguments: list[str]) -> None:
     parsed = get_args_parser().parse_intermixed_args(arguments)
     if not (parsed.help or parsed.hydra_help or parsed.experimental_rerun or parsed.config_path):
         try:
-            configuration.compose(parsed.config_name or name, parsed.overrides, parsed.config_dir)
+            config = configuration.compose(parsed.config_name or name, parsed.overrides, parsed.config_dir)
+            if not (parsed.cfg or parsed.info):
+                configuration.check_complete(config)
         except ValueError as error:
             raise _CommandLineError(str(error)) from error
 

@@ -57,6 +57,13 @@ def compose(name: str, overrides: Sequence[str] = (), extra_directory: str | Pat
     return config
 
 
+def check_complete(config: DictConfig) -> None:
+    """Raise a `ValueError` that names every setting which must be given and was not (`???` in the files)."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(f"these settings must be given: {', '.join(f'{key}=...' for key in missing)}")
+
+
 def instantiate(config: DictConfig, *args: object, **kwargs: object) -> Any:
     """The object that `config._target_` describes, nested objects first. Its arguments are plain containers.
 

@@ -121,6 +121,16 @@ def test_an_unknown_key_is_one_message_and_nothing_is_started(project):
     assert [path.name for path in project.iterdir()] == ["conf"]
 
 
+def test_a_setting_that_was_not_given_is_one_message_but_the_config_can_be_shown(project):
+    (project / "conf" / "probe.yaml").write_text(
+        CONFIG.replace("run: {dir: run}", "run: {dir: '${out}'}") + "out: ???\n"
+    )
+    done = longlive(*PROBE, cwd=project, body=STARTING)
+    assert done.returncode == 1
+    assert done.stderr == "longlive train: these settings must be given: out=...\n"
+    assert "out: ???" in longlive(*PROBE, "--cfg", "job", cwd=project).stdout
+
+
 def test_the_config_can_be_shown_without_running(project):
     done = longlive(*PROBE, "--cfg", "job", "seed=7", cwd=project, body=STARTING)
     assert done.returncode == 0, done.stderr

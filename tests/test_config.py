@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from longlive import config as configuration
-from longlive.config import compose, config_directory, instantiate, to_plain
+from longlive.config import check_complete, compose, config_directory, instantiate, to_plain
 
 FILES = {
     "train.yaml": "defaults: [_self_, {model: tiny}, {experiment: null}]\n"
@@ -159,6 +159,12 @@ def test_a_constructors_other_errors_keep_their_type_and_gain_the_key():
 def test_a_config_without_a_target_describes_no_object():
     with pytest.raises(ValueError, match=r"model has no _target_, .*'dim', 'num_layers'"):
         instantiate(compose("train").model)
+
+
+def test_settings_that_were_not_given_are_named_all_at_once():
+    check_complete(compose("train", ["checkpoint=x.ckpt"]))
+    with pytest.raises(ValueError, match=r"must be given: checkpoint=\.\.\., trainer\.max_steps=\.\.\."):
+        check_complete(compose("train", ["trainer.max_steps=???"]))
 
 
 def test_the_plain_config_is_resolved_and_complete():
