@@ -1,7 +1,8 @@
 """`longlive generate`: a checkpoint and prompts become videos, a contact sheet and a record of how they were made.
 
-The checkpoint says what it is: network, codec, text encoder, chunk size and rollout settings come from the config inside it;
-`rollout.*` settings given here replace those. Every video is a function of (checkpoint, settings, prompt, seed, its number), and is
+The checkpoint says what it is: network, codec, text encoder, chunk size and rollout settings come from the config
+inside it; `rollout.*` settings given here replace those. Every video is a function of (checkpoint, settings, prompt,
+seed, its number), and is
 written whole or not at all: an interrupted run started again keeps the finished ones.
 """
 
@@ -31,7 +32,7 @@ from longlive.data.atomic import write_aside
 from longlive.data.video import open_video, write_mp4
 from longlive.modules.base import LongLiveModule, check_same_shapes, to_unit_range
 from longlive.parallel.checkpoint import find_checkpoint, load_checkpoint
-from longlive.rollout.engine import ChunkReport, RolloutSettings
+from longlive.rollout.engine import ChunkReport
 from longlive.rollout.video import Timings, generate_videos
 from longlive.train import choose_precision
 from longlive.typing import RawFrames, Tensor, UInt8
@@ -47,8 +48,8 @@ def generate(config: DictConfig) -> dict[str, Any]:
     """Run `conf/generate.yaml` as composed; returns what it also writes to `generation.json`.
 
     Raises:
-        ValueError: if there is no prompt, a setting is wrong, the checkpoint does not fit its own config, or the directory holds
-            videos of other settings.
+        ValueError: if there is no prompt, a setting is wrong, the checkpoint does not fit its own config, or the
+            directory holds videos of other settings.
         FileNotFoundError: if there is no checkpoint.
     """
     start = time.perf_counter()
@@ -56,7 +57,8 @@ def generate(config: DictConfig) -> dict[str, Any]:
     path = find_checkpoint(config.checkpoint)
     checkpoint = load_checkpoint(path)
     module = load_module(checkpoint, path)
-    settings = replace(module.rollout, **{k: v for k, v in OmegaConf.to_container(config.rollout).items() if v is not None})
+    given: dict[str, Any] = {str(name): value for name, value in config.rollout.items() if value is not None}
+    settings = replace(module.rollout, **given)
     training = checkpoint["config"]["data"]
     num_frames = config.num_frames or training["num_frames"]
     num_chunks = settings.num_chunks(num_frames)
@@ -68,7 +70,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
 
     directory = Path(config.directory)
     directory.mkdir(parents=True, exist_ok=True)
-    record = {
+    record: dict[str, Any] = {
         "settings": {
             "checkpoint": str(path),
             "step": checkpoint["global_step"],
@@ -129,8 +131,9 @@ def generate(config: DictConfig) -> dict[str, Any]:
     sheet = directory / "contact_sheet.png"
     write_contact_sheet(sheet, files[: config.sheet_rows], prompts)
     if config.metric is not None:
-        record["metrics"] = measure(instantiate(config.metric), files, prompts)
-        print_metrics(record["metrics"])
+        metrics = measure(instantiate(config.metric), files, prompts)
+        print_metrics(metrics)
+        record["metrics"] = metrics
     _write_json(directory / RECORD, record)
     print(f"{len(files)} videos of {num_raw_frames(num_frames, module.codec.temporal_ratio)} raw frames in {directory}")
     print(f"contact sheet: {sheet}")
@@ -138,7 +141,8 @@ def generate(config: DictConfig) -> dict[str, Any]:
 
 
 def read_prompts(prompts: Any) -> list[str]:
-    """Prompts as the setting gives them: one text, a list, a text file with one prompt per line, or an object that makes them.
+    """Prompts as the setting gives them: one text, a list, a text file with one prompt per line, or an object that
+    makes them.
 
     Raises:
         ValueError: if that leaves no prompt, or one is empty.
@@ -167,7 +171,9 @@ def load_module(checkpoint: Mapping[str, Any], path: Path) -> LongLiveModule:
         ValueError: if the checkpoint holds no config, or weights of another network than its config describes.
     """
     if not checkpoint.get("config"):
-        raise ValueError(f"{path} holds no config, so it does not say what network it is; it was not written by `longlive train`")
+        raise ValueError(
+            f"{path} holds no config, so it does not say what network it is; it was not written by `longlive train`"
+        )
     config = OmegaConf.create(checkpoint["config"])
     config.module.weights = None
     module: LongLiveModule = instantiate(config.module)
@@ -203,7 +209,9 @@ def write_contact_sheet(path: Path, files: Sequence[Path], prompts: Sequence[str
     rows = []
     for file in files:
         with open_video(file) as reader:
-            places = torch.linspace(0, reader.num_raw_frames - 1, min(SHEET_COLUMNS, reader.num_raw_frames)).round().long()
+            places = (
+                torch.linspace(0, reader.num_raw_frames - 1, min(SHEET_COLUMNS, reader.num_raw_frames)).round().long()
+            )
             rows.append(reader.read(places.tolist()))
     scale = max(1, 96 // rows[0].shape[-1])
     height, width = rows[0].shape[-2] * scale, rows[0].shape[-1] * scale
@@ -233,7 +241,9 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     spans = list(dict.fromkeys(name.split("/")[1] for name in metrics if "/" in name))
     table = Table("", "video", *(span.replace("_", " ") for span in spans))
     for name in names:
-        table.add_row(name, *(f"{metrics[k]:.3f}" if k in metrics else "" for k in (name, *(f"{name}/{s}" for s in spans))))
+        table.add_row(
+            name, *(f"{metrics[k]:.3f}" if k in metrics else "" for k in (name, *(f"{name}/{s}" for s in spans)))
+        )
     Console().print(table)
 
 
@@ -259,8 +269,8 @@ def _check_directory(directory: Path, record: dict[str, Any]) -> None:
         changed = [name for name in settings if settings[name] != before.get(name)]
         if changed:
             raise ValueError(
-                f"{directory} holds videos made with another {', '.join(changed)}; nothing already written is overwritten: give "
-                "another directory=..., or remove it"
+                f"{directory} holds videos made with another {', '.join(changed)}; nothing already written is "
+                "overwritten: give another directory=..., or remove it"
             )
     else:
         _write_json(path, record)

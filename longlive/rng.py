@@ -1,8 +1,8 @@
 """Counter-based randomness: every random decision is a function of what it is for, never of what was drawn before.
 
-A draw is named by `(seed, purpose, step, sample, chunk)`. The name is hashed into the seed of a fresh CPU generator, so one
-rank and many draw the same numbers, a resumed run repeats them, and no generator state has to be saved. Draws happen on the
-CPU on every machine, so a GPU run and a CPU run see the same noise.
+A draw is named by `(seed, purpose, step, sample, chunk)`. The name is hashed into the seed of a fresh CPU generator,
+so one rank and many draw the same numbers, a resumed run repeats them, and no generator state has to be saved. Draws
+happen on the CPU on every machine, so a GPU run and a CPU run see the same noise.
 """
 
 import hashlib

@@ -1,12 +1,14 @@
 """`longlive train`: a composed config becomes objects, and the objects a run.
 
-A run lives in one directory. Started again with the same command, it continues from its newest complete checkpoint (`resume=auto`);
-`initialise_from` is something else: it takes the weights of another run and starts at step 0.
+A run lives in one directory. Started again with the same command, it continues from its newest complete checkpoint
+(`resume=auto`); `initialise_from` is something else: it takes the weights of another run and starts at step 0.
 """
 
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ def train(config: DictConfig) -> Trainer:
         ValueError: if a setting is wrong, before any work; the message names it.
         FileNotFoundError: if data or a checkpoint that a setting names is missing.
     """
+    _quieten()
     directory = Path(config.directory)
     checkpoint = _checkpoint_to_resume(config.resume, directory)
     module: LongLiveModule = instantiate(config.module)
@@ -81,6 +84,17 @@ def initialise(module: LongLiveModule, location: str) -> None:
     module.load_state_dict(weights)
 
 
+def _quieten() -> None:
+    """Leave out what libraries say of themselves; what they warn of a run stays."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning's own use of torch
+        "Total length of `list` across ranks is zero",  # a run without validation data
+        "The `srun` command is available",  # SLURM's tools on a machine where no job runs
+    ):
+        warnings.filterwarnings("ignore", message=".*" + re.escape(message))
+
+
 def _checkpoint_to_resume(resume: str | bool, directory: Path) -> Path | None:
     if resume == "auto":
         return newest_checkpoint(directory / "checkpoints")
@@ -88,9 +102,8 @@ def _checkpoint_to_resume(resume: str | bool, directory: Path) -> Path | None:
         found = newest_checkpoint(directory / "checkpoints")
         if found is not None:
             raise ValueError(
-                f"resume=never, but {found} exists: nothing already written is overwritten. Use another directory=..., or resume=auto"
+                f"resume=never, but {found} exists: nothing already written is overwritten. "
+                "Use another directory=..., or resume=auto"
             )
         return None
     return find_checkpoint(str(resume))
-
-

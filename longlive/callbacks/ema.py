@@ -2,7 +2,8 @@
 
     average <- d average + (1 - d) weights,    d = min(decay, (1 + n) / (10 + n)) at the n-th update
 
-The growing d lets a short run forget its random start (the rule of TensorFlow's and diffusers' averages). The average lives beside
+The growing d lets a short run forget its random start (the rule of TensorFlow's and diffusers' averages). The average
+lives beside
 the parameters, tensor by tensor: where those are shards, it is shards, and nothing is gathered.
 """
 
@@ -39,6 +40,7 @@ class EMA(Callback):
         self.num_updates = 0
         self.average: dict[str, Tensor] = {}
         self._swapped = False
+        self._last_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, parameter in _trainable(pl_module):
@@ -50,12 +52,12 @@ class EMA(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Under gradient accumulation most batches end without an optimizer step.
-        if trainer.global_step > self._steps_seen:
-            self._steps_seen = trainer.global_step
+        if trainer.global_step > self._last_step:
+            self._last_step = trainer.global_step
             self.update(pl_module, trainer.global_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._steps_seen = trainer.global_step
+        self._last_step = trainer.global_step
 
     @torch.no_grad()
     def update(self, pl_module: LightningModule, step: int) -> None:

@@ -1,7 +1,9 @@
-"""What the loss is made of: the mean over ranks and micro-batches, and its parts by timestep and by position in the clip.
+"""What the loss is made of: the mean over ranks and micro-batches, and its parts by timestep and by position in the
+clip.
 
-A single number hides two things that go wrong in autoregressive training: a network that is good at high noise only, and one that
-is good only where there is little history. All parts travel in one tensor and one reduction per log interval.
+A single number hides two things that go wrong in autoregressive training: a network that is good at high noise only,
+and one that is good only where there is little history. All parts travel in one tensor and one reduction per log
+interval.
 """
 
 from __future__ import annotations
@@ -21,20 +23,24 @@ QUARTERS = 4
 
 
 class LossBreakdown(Callback):
-    """Logs `train/loss`, `train/loss_timestep_quarter_{1..4}`, `train/loss_clip_quarter_{1..4}`, `train/gradient_norm` (before
-    clipping) and `train/learning_rate`.
+    """Logs `train/loss`, `train/loss_timestep_quarter_{1..4}`, `train/loss_clip_quarter_{1..4}`, `train/gradient_norm`
+    (before clipping) and `train/learning_rate`.
 
     The quarters hold unweighted errors of valid frames. `train/loss` is the mean of the interval's steps.
+
+    Args:
+        every_n_steps: optimizer steps per log interval.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every_n_steps: int = 10) -> None:
+        self.every_n_steps = every_n_steps
         self.last_loss = float("nan")
-        """Of the last step, on this rank; the progress bar shows it."""
+        """Mean of the last log interval; the progress bar shows it."""
         self._sums: Tensor | None = None
         self._gradient_norm: Tensor | None = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if _is_logged(trainer):
+        if (trainer.global_step + 1) % self.every_n_steps == 0:
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self._gradient_norm = get_total_norm(gradients)
 
@@ -46,7 +52,7 @@ class LossBreakdown(Callback):
         loss = outputs["loss"].detach().float() * trainer.accumulate_grad_batches
         parts = breakdown(loss, outputs["frame_errors"], outputs["timesteps"], outputs["valid"])
         self._sums = parts if self._sums is None else self._sums + parts
-        if trainer.global_step % trainer.log_every_n_steps or trainer.fit_loop._should_accumulate():
+        if trainer.global_step % self.every_n_steps or trainer.fit_loop._should_accumulate():
             return
         sums = pl_module.sum_over_ranks(self._sums).cpu()
         self._sums = None
@@ -80,8 +86,3 @@ def breakdown(loss: Tensor, errors: Tensor, timesteps: Tensor, valid: Tensor) ->
             inside = weights * (quarter_of_frame == quarter)
             columns.append(torch.stack([(errors * inside).sum(), inside.sum()]))
     return torch.stack(columns, dim=1)
-
-
-def _is_logged(trainer: Trainer) -> bool:
-    """Whether the optimizer step that is about to be taken will be logged."""
-    return (trainer.global_step + 1) % trainer.log_every_n_steps == 0

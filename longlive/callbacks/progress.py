@@ -11,7 +11,15 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from longlive.callbacks.loss_breakdown import LossBreakdown
 from longlive.callbacks.throughput import Throughput
@@ -67,7 +75,9 @@ class RunProgress(ProgressBar):
             self._progress.update(self._task, completed=trainer.global_step, description=self._numbers(trainer))
         elif time.perf_counter() - self._last_line >= self.line_seconds or trainer.global_step == trainer.max_steps:
             self._last_line = time.perf_counter()
-            self._console.print(f"step {trainer.global_step}/{trainer.max_steps}  {self._numbers(trainer)}  {self._left(trainer)}")
+            self._console.print(
+                f"step {trainer.global_step}/{trainer.max_steps}  {self._numbers(trainer)}  {self._left(trainer)}"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()

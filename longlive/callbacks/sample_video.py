@@ -1,7 +1,8 @@
-"""Videos while training: roll out a few prompts with the averaged weights, show them in TensorBoard, keep the mp4 files.
+"""Videos while training: roll out a few prompts with the averaged weights, show them in TensorBoard, keep the mp4
+files.
 
-TensorBoard gets an animated GIF (its own `add_video` writes nothing with current moviepy); the exact video lies beside the log as
-mp4. Metrics given here are computed on the same videos.
+TensorBoard gets an animated GIF (its own `add_video` writes nothing with current moviepy); the exact video lies beside
+the log as mp4. Metrics given here are computed on the same videos.
 """
 
 from __future__ import annotations
@@ -154,7 +155,8 @@ def add_animation(
 ) -> None:
     """An animated GIF under the tag, and its prompt as text beside it."""
     frames = [
-        Image.fromarray(frame).quantize(128, method=Image.Quantize.FASTOCTREE) for frame in video.permute(0, 2, 3, 1).numpy()
+        Image.fromarray(frame).quantize(128, method=Image.Quantize.FASTOCTREE)
+        for frame in video.permute(0, 2, 3, 1).numpy()
     ]
     buffer = io.BytesIO()
     frames[0].save(

@@ -1,9 +1,9 @@
 """Where the time of a step goes, and how many tokens and samples it moves.
 
-Phases of a step: *data* (waiting for the loader), *encode* (codec, text encoder, noise), *forward*, *backward*, *optimizer*
-(clipping, step, everything until the batch ends). Phases are measured on the steps that are logged; on an accelerator each
-border then waits for the device, which other steps never do. Tokens are those of the network's sequence, clean history and noisy
-targets, on all ranks.
+Phases of a step: *data* (waiting for the loader), *encode* (codec, text encoder, noise), *forward*, *backward*,
+*optimizer* (clipping, step, everything until the batch ends). Phases are measured on the steps that are logged; on an
+accelerator each border then waits for the device, which other steps never do. Tokens are those of the network's
+sequence, clean history and noisy targets, on all ranks.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ class Throughput(Callback):
     """Logs `throughput/{tokens_per_second,step_seconds}`, `throughput/seconds_{phase}`, `progress/{samples,tokens}`.
 
     Samples and tokens are counted since the first step of the run and survive resuming.
+
+    Args:
+        every_n_steps: optimizer steps between two logged ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every_n_steps: int = 10) -> None:
+        self.every_n_steps = every_n_steps
         self.num_samples = 0
         self.num_tokens = 0
         self.tokens_per_second = 0.0
@@ -48,7 +52,7 @@ class Throughput(Callback):
         self._batch_end = self._interval_start = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._measured = (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps == 0
+        self._measured = (trainer.global_step + 1) % self.every_n_steps == 0
         self._seconds = {"data": time.perf_counter() - self._batch_end}
         self._phase = None
 
@@ -68,7 +72,7 @@ class Throughput(Callback):
         self.num_samples += batch.batch_size * trainer.world_size
         self._interval_tokens += tokens
         self._interval_batches += 1
-        if self._measured:
+        if self._measured and not trainer.fit_loop._should_accumulate():
             now = time.perf_counter()
             elapsed = now - self._interval_start
             self.tokens_per_second = self._interval_tokens / elapsed

@@ -70,7 +70,8 @@ class VideoCodec(nn.Module, ABC):
 
     @abstractmethod
     def stream_decoder(self) -> StreamDecoder:
-        """A fresh decoder for one video (or one batch of videos in step). Decoders of one codec do not disturb each other."""
+        """A fresh decoder for one video (or one batch of videos in step). Decoders of one codec do not disturb each
+        other."""
 
     def check_video(self, video: Video) -> None:
         """Raise the `ValueError` of `encode` before any work."""

@@ -1,14 +1,16 @@
-"""The toy world's codec: a truncated discrete cosine transform, causal in time. Analytic, exact in its own span, no weights.
+"""The toy world's codec: a truncated discrete cosine transform, causal in time. Analytic, exact in its own span, no
+weights.
 
-Raw frames are grouped as every codec of this library does (the first alone, then fours). RGB is rotated to luma and two chroma
-axes by an orthonormal matrix; each group is transformed over its 4 raw frames and over blocks of 8 x 8 pixels by orthonormal
-DCT-II matrices; the 16 coefficients that hold most of the toy world's energy are kept, shifted and scaled per channel to zero
-mean and unit variance. Decoding is the transpose. The lone first frame is treated as four equal ones, so it has the same
-channels at the same scale; a group never looks at another, so encoding and decoding need no context at all (halo 0).
+Raw frames are grouped as every codec of this library does (the first alone, then fours). RGB is rotated to luma and
+two chroma axes by an orthonormal matrix; each group is transformed over its 4 raw frames and over blocks of 8 x 8
+pixels by orthonormal DCT-II matrices; the 16 coefficients that hold most of the toy world's energy are kept, shifted
+and scaled per channel to zero mean and unit variance. Decoding is the transpose. The lone first frame is treated as
+four equal ones, so it has the same channels at the same scale; a group never looks at another, so encoding and
+decoding need no context at all (halo 0).
 
-Why 16: a token is 2 x 2 latent pixels, and a velocity model passes a token's whole noise through its residual stream: 64 values
-fit a width of 128, three times as many do not. Why per channel: with one global scale the high frequencies stay far below the
-noise and are never learned.
+Why 16: a token is 2 x 2 latent pixels, and a velocity model passes a token's whole noise through its residual stream:
+64 values fit a width of 128, three times as many do not. Why per channel: with one global scale the high frequencies
+stay far below the noise and are never learned.
 """
 
 import math
@@ -122,4 +124,3 @@ class _DCTStreamDecoder(StreamDecoder):
         skip = 0 if self.started else GROUP - 1
         self.started = True
         return self.codec._decode_groups(latents)[:, skip:].clamp(-1, 1)
-

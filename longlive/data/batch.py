@@ -63,7 +63,7 @@ class VideoBatch:
         return len(self.prompts)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> VideoBatch:
-        """The same batch with its pixels or latents on a device. The small integer tables stay on the CPU, where they are read."""
+        """The same batch with its pixels or latents on a device. The integer tables stay on the CPU: they are read there."""
         media = {
             name: value.to(device, non_blocking=non_blocking)
             for name in ("latents", "raw_frames")
@@ -74,9 +74,7 @@ class VideoBatch:
     def pin_memory(self) -> VideoBatch:
         """Called by the DataLoader."""
         media = {
-            name: value.pin_memory()
-            for name in ("latents", "raw_frames")
-            if (value := getattr(self, name)) is not None
+            name: value.pin_memory() for name in ("latents", "raw_frames") if (value := getattr(self, name)) is not None
         }
         return replace(self, **media)
 

@@ -1,8 +1,9 @@
 """The toy world: a deterministic video world whose truth can be read off its pixels.
 
-One coloured shape moves straight over a plain ground, 64 x 64 pixels, 24 frames per second, wrapping at the borders. Everything
-that the caption says (colour, shape, direction, speed, ground) can be measured in a generated video, so a model trained here
-gets accuracies instead of opinions (`longlive.metrics.toyworld`). A clip is a list of shots; each shot has its own scene.
+One coloured shape moves straight over a plain ground, 64 x 64 pixels, 24 frames per second, wrapping at the borders.
+Everything that the caption says (colour, shape, direction, speed, ground) can be measured in a generated video, so a
+model trained here gets accuracies instead of opinions (`longlive.metrics.toyworld`). A clip is a list of shots; each
+shot has its own scene.
 
 A scene at raw frame `t` is a pure function of `(scene, t)`: clips of any length are rendered without state.
 """
@@ -13,6 +14,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -26,7 +28,7 @@ FPS = 24.0
 RADIUS = 13.0
 """Half the size of a shape, in pixels."""
 EDGE = 3.0
-"""Pixels over which a shape's edge fades: soft enough for a codec of low frequencies, sharp enough to tell shapes apart."""
+"""Pixels over which an edge fades: soft enough for a codec of low frequencies, sharp enough to tell shapes apart."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 40, 40),
@@ -64,7 +66,7 @@ class Scene:
     y: float = SIZE / 2
 
     def caption(self, wording: int = 0) -> str:
-        """Plain English; `wording` chooses among `WORDINGS`. A scene without a speed always gets the wording without one."""
+        """Plain English; `wording` chooses among `WORDINGS`. A scene without a speed gets the wording without one."""
         if self.speed is None:
             wording = 1
         return WORDINGS[wording % len(WORDINGS)].format(
@@ -183,7 +185,8 @@ class ToyWorldSource:
             raise ValueError(f"num_clips={num_clips} is not positive")
         if not 1 <= shots_per_clip <= num_raw_frames:
             raise ValueError(
-                f"shots_per_clip={shots_per_clip} does not fit into num_raw_frames={num_raw_frames}; use 1 to {num_raw_frames}"
+                f"shots_per_clip={shots_per_clip} does not fit into num_raw_frames={num_raw_frames}; "
+                f"use 1 to {num_raw_frames}"
             )
         self.num_clips = num_clips
         self.num_raw_frames = num_raw_frames
@@ -199,12 +202,8 @@ class ToyWorldSource:
         borders = [shot * self.num_raw_frames // self.shots_per_clip for shot in range(self.shots_per_clip + 1)]
         shots = tuple(
             Shot(start=start, end=end, caption=random_caption(self.seed, index, shot))
-            for shot, (start, end) in enumerate(zip(borders[:-1], borders[1:], strict=True))
+            for shot, (start, end) in enumerate(pairwise(borders))
         )
         scenes = [random_scene(self.seed, index, shot) for shot in range(self.shots_per_clip)]
-        frames = torch.cat(
-            [render(scene, shot.end - shot.start) for scene, shot in zip(scenes, shots, strict=True)]
-        )
+        frames = torch.cat([render(scene, shot.end - shot.start) for scene, shot in zip(scenes, shots, strict=True)])
         return SourceClip(key=f"toyworld-{index:08d}", fps=self.fps, shots=shots, frames=frames)
-
-

@@ -1,10 +1,11 @@
 """Accuracy in the toy world, measured from pixels alone.
 
-Nothing here knows the codec or the network. A frame's ground is its median colour; what differs from it is the shape, softly
-weighted. From that weight come the shape's colour (weighted mean), its place on the torus (circular mean, which survives
-wrapping), its motion (wrapped differences of places), and its form (weights shifted to a common centre, averaged over time,
-correlated with the four true masks). Averaging over time makes each decision robust to single bad frames; decisions are taken
-for the whole video and for each quarter of it. *Drift* is the last quarter minus the first.
+Nothing here knows the codec or the network. A frame's ground is its median colour; what differs from it is the shape,
+softly weighted. From that weight come the shape's colour (weighted mean), its place on the torus (circular mean, which
+survives wrapping), its motion (wrapped differences of places), and its form (weights shifted to a common centre,
+averaged over time, correlated with the four true masks). Averaging over time makes each decision robust to single bad
+frames; decisions are taken for the whole video and for each quarter of it. *Drift* is the last quarter minus the
+first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ SPANS = ("video", *(f"quarter_{quarter + 1}" for quarter in range(NUM_QUARTERS))
 FOREGROUND = 0.30
 """A pixel further than this from the ground colour (RGB in [-1, 1], root mean square) belongs to the shape."""
 FEWEST_PIXELS, MOST_PIXELS = 60.0, 1800.0
-"""A frame with less or more foreground than this shows no single shape, and counts as wrong in colour, shape and direction."""
+"""A frame with less or more foreground shows no single shape, and counts as wrong in colour, shape and direction."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def _templates() -> Float[Tensor, "shapes H W"]:
 
 
 def circular_mean(weights: Float[Tensor, "t H W"]) -> Float[Tensor, "t 2"]:
-    """Where the weight lies on the torus, `(x, y)` in pixels: the angle of the first Fourier coefficient on each axis."""
+    """Where the weight lies on the torus, `(x, y)` in pixels: the angle of each axis's first Fourier coefficient."""
     angle = 2 * math.pi / SIZE * torch.arange(SIZE, device=weights.device)
     places = []
     for marginal in (weights.sum(dim=-2), weights.sum(dim=-1)):
@@ -122,7 +124,7 @@ def measure(video: Float[Tensor, "t 3 H W"]) -> list[Measurement]:
 
     length = video.shape[0]
     borders = [quarter * length // NUM_QUARTERS for quarter in range(NUM_QUARTERS + 1)]
-    quarters = [slice(start, end) for start, end in zip(borders[:-1], borders[1:], strict=True)]
+    quarters = [slice(start, end) for start, end in pairwise(borders)]
     return [one(span) for span in (slice(0, length), *quarters)]
 
 
@@ -152,8 +154,8 @@ class ToyWorldAccuracy(Metric):
     """Share of videos that show what their prompt says, per attribute and quarter, with speed error and drift.
 
     `compute` returns a flat dict: `colour`, `shape`, `direction`, `ground` (whole video), `<attribute>/quarter_1..4`,
-    `<attribute>/drift` (quarter 4 minus quarter 1), `speed_error` and `speed_error/quarter_i` (mean absolute error in pixels
-    per raw frame, over the prompts that say a speed), and `num_videos`.
+    `<attribute>/drift` (quarter 4 minus quarter 1), `speed_error` and `speed_error/quarter_i` (mean absolute error in
+    pixels per raw frame, over the prompts that say a speed), and `num_videos`.
     """
 
     full_state_update = False

@@ -66,13 +66,13 @@ def dense_attention(
 
     On a CPU, bfloat16 is computed in float32: torch's bfloat16 kernel there takes four times as long in backward.
     """
-    tensors = [x.transpose(1, 2) for x in (query, key, value)]
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if query.device.type == "cpu" and query.dtype is torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
-            attended = scaled_dot_product_attention(*(x.float() for x in tensors), attn_mask=mask).to(query.dtype)
+            attended = scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask)
     else:
-        attended = scaled_dot_product_attention(*tensors, attn_mask=mask)
-    return attended.transpose(1, 2)
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return attended.to(query.dtype).transpose(1, 2)
 
 
 class TeacherForcingAttention:

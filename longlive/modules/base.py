@@ -1,9 +1,11 @@
-"""What every training stage shares: a causal network, a codec, a text encoder, an optimizer, and in which order they are built.
+"""What every training stage shares: a causal network, a codec, a text encoder, an optimizer, and in which order they
+are built.
 
-`configure_model` is the one place where a network comes into being. Its body is the order of the steps; a stage that adds one
-(adapters, sharding) adds it there.
+`configure_model` is the one place where a network comes into being. Its body is the order of the steps; a stage that
+adds one (adapters, sharding) adds it there.
 
-Codec and text encoder are frozen and not part of the module's state: no optimizer, no average and no checkpoint sees them.
+Codec and text encoder are frozen and not part of the module's state: no optimizer, no average and no checkpoint sees
+them.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class LongLiveModule(LightningModule):
         learning_rate: makes the learning-rate schedule, stepped once per optimizer step; None: constant.
         weights: where the network's weights start from: safetensors in Wan's or diffusers' names (a file, an index or a
             folder). None: `init_weights(seed)`. This is not how a run is resumed.
-        rollout: how this network is meant to be rolled out; samples during training use it, and `generate` starts from it.
+        rollout: how this network is meant to be rolled out; samples during training use it, and `generate` starts from
+            it.
         seed: names every random draw of the run.
     """
 
@@ -75,23 +78,25 @@ class LongLiveModule(LightningModule):
         super().__init__()
         if model.in_channels != codec.latent_channels:
             raise ValueError(
-                f"model.in_channels={model.in_channels}, but the codec makes latents of {codec.latent_channels} channels; set "
-                f"model.in_channels and model.out_channels to {codec.latent_channels}"
+                f"model.in_channels={model.in_channels}, but the codec makes latents of {codec.latent_channels} "
+                f"channels; set model.in_channels and model.out_channels to {codec.latent_channels}"
             )
         if model.text_dim != text_encoder.embed_dim:
             raise ValueError(
-                f"model.text_dim={model.text_dim}, but the text encoder's embeddings have {text_encoder.embed_dim} features; set "
-                f"model.text_dim={text_encoder.embed_dim}"
+                f"model.text_dim={model.text_dim}, but the text encoder's embeddings have {text_encoder.embed_dim} "
+                f"features; set model.text_dim={text_encoder.embed_dim}"
             )
         if chunk_frames < 1:
             raise ValueError(f"chunk_frames={chunk_frames} must be at least 1")
         if rollout is not None and rollout.chunk_frames != chunk_frames:
             raise ValueError(
-                f"rollout.chunk_frames={rollout.chunk_frames} differs from chunk_frames={chunk_frames}; a model rolls out in the "
-                "chunks that it was trained on"
+                f"rollout.chunk_frames={rollout.chunk_frames} differs from chunk_frames={chunk_frames}; a model "
+                "rolls out in the chunks that it was trained on"
             )
         if weights is not None and not Path(weights).exists():
-            raise ValueError(f"weights={weights!r} does not exist; give a safetensors file, its index, or a folder of them")
+            raise ValueError(
+                f"weights={weights!r} does not exist; give a safetensors file, its index, or a folder of them"
+            )
         self.model_config = model
         # In a tuple, so that they are no submodules.
         self._frozen = (codec.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False))
@@ -119,7 +124,7 @@ class LongLiveModule(LightningModule):
         return self._frozen[1]
 
     def configure_model(self) -> None:
-        """Build the network: on meta -> weights -> precision. Called again for validation: then there is nothing to do."""
+        """Build the network: on meta -> weights -> precision. Called again for validation, it finds nothing to do."""
         if self.network is not None:
             return
         with torch.device("meta"):
@@ -215,6 +220,6 @@ def check_same_shapes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], 
         shown = "; ".join(differences[:most])
         more = f"; and {len(differences) - most} more" if len(differences) > most else ""
         raise ValueError(
-            f"the checkpoint is of another model: {shown}{more}. Use the model settings that it was trained with, or start a new "
-            "run in another directory"
+            f"the checkpoint is of another model: {shown}{more}. Use the model settings that it was trained "
+            "with, or start a new run in another directory"
         )

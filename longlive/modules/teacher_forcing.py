@@ -1,4 +1,5 @@
-"""Stage 1: tune a bidirectional network into an autoregressive one by teacher forcing (`objectives.teacher_forcing`)."""
+"""Stage 1: tune a bidirectional network into an autoregressive one by teacher forcing
+(`objectives.teacher_forcing`)."""
 
 from __future__ import annotations
 
@@ -33,8 +34,10 @@ class TeacherForcingModule(LongLiveModule):
 
     Args:
         prompt_dropout: probability that a sample's prompts are replaced by the empty one, for classifier-free guidance.
-        noise_augmentation: the clean history gets up to this share of noise, so that the network learns not to trust it blindly.
-        window: frames that a chunk sees in training (sinks and itself included), None: all; usually the rollout's window.
+        noise_augmentation: the clean history gets up to this share of noise, so that the network learns not to trust
+            it blindly.
+        window: frames that a chunk sees in training (sinks and itself included), None: all; usually the rollout's
+            window.
         sink_frames: first frames that stay visible under a window.
         shot_sink: whether the first chunk of the current shot does, too.
         shot_rope_offset: frames by which a scene cut moves the RoPE position.
@@ -141,10 +144,6 @@ class TeacherForcingModule(LongLiveModule):
         if not probability:
             return batch.prompts
         return [
-            [""] * len(row)
-            if rng.uniform(self.seed, "prompt_dropout", step=step, sample=sample) < probability
-            else row
+            [""] * len(row) if rng.uniform(self.seed, "prompt_dropout", step=step, sample=sample) < probability else row
             for row, sample in zip(batch.prompts, batch.sample_ids.tolist(), strict=True)
         ]
-
-

@@ -1,13 +1,14 @@
 """Teacher forcing: denoise every chunk of a clip at once, each given the clean chunks before it.
 
-The sequence holds every chunk twice, `[clean history | noisy targets]`. The clean copy has timestep 0; every noisy chunk has a
-timestep of its own, drawn uniformly from the shifted grid. The network predicts velocities for both; only the noisy half is
+The sequence holds every chunk twice, `[clean history | noisy targets]`. The clean copy has timestep 0; every noisy
+chunk has a timestep of its own, drawn uniformly from the shifted grid. The network predicts velocities for both; only
+the noisy half is
 scored:
 
     loss = sum over valid frames of w(t) mean_{c,h,w} (v - v_hat)^2 / number of valid frames,
 
-both sums over all ranks (`models.visibility` says who sees whom; LongLive-2.0, arXiv 2605.18739). Timesteps and noise are named by
-(step, sample id, chunk), so they depend neither on the batch nor on who computes them.
+both sums over all ranks (`models.visibility` says who sees whom; LongLive-2.0, arXiv 2605.18739). Timesteps and noise
+are named by (step, sample id, chunk), so they depend neither on the batch nor on who computes them.
 """
 
 from collections.abc import Sequence
@@ -54,21 +55,24 @@ def draw(
         chunk_frames: frames that share a timestep.
         seed, step, sample_ids: name the draws.
         first_chunk: index in the clip of the first chunk here (a rank may own a later part).
-        noise_augmentation: the history's share of noise is uniform between 0 and this, one draw per chunk. It is not told to
-            the network: in rollout, too, the network does not know how wrong its history is.
+        noise_augmentation: the history's share of noise is uniform between 0 and this, one draw per chunk. It is not
+            told to the network: in rollout, too, the network does not know how wrong its history is.
     """
     _, num_frames, *frame_shape = shape
     chunks = range(first_chunk, first_chunk + num_frames // chunk_frames)
 
     def noise(purpose: str) -> Latents:
         rows = [
-            torch.cat([rng.normal((chunk_frames, *frame_shape), seed, purpose, step=step, sample=i, chunk=c) for c in chunks])
+            torch.cat(
+                [rng.normal((chunk_frames, *frame_shape), seed, purpose, step=step, sample=i, chunk=c) for c in chunks]
+            )
             for i in sample_ids
         ]
         return torch.stack(rows)
 
     index = [
-        [rng.integer(schedule.num_steps, seed, "timestep", step=step, sample=i, chunk=c) for c in chunks] for i in sample_ids
+        [rng.integer(schedule.num_steps, seed, "timestep", step=step, sample=i, chunk=c) for c in chunks]
+        for i in sample_ids
     ]
     if not noise_augmentation:
         return Draws(torch.tensor(index), noise("noise"))
@@ -140,9 +144,14 @@ def frame_errors(prediction: Latents, target: Latents) -> PerFrame:
 
 
 def weighted_loss(
-    errors: PerFrame, loss_weights: PerFrame, valid: Bool[Tensor, "b f"], num_valid: Float[Tensor, ""], world_size: int = 1
+    errors: PerFrame,
+    loss_weights: PerFrame,
+    valid: Bool[Tensor, "b f"],
+    num_valid: Float[Tensor, ""],
+    world_size: int = 1,
 ) -> Float[Tensor, ""]:
-    """The loss of this rank: `sum_local / count_global * world_size`, whose mean over the ranks is the loss of the whole batch.
+    """The loss of this rank: `sum_local / count_global * world_size`, whose mean over the ranks is the loss of the
+    whole batch.
 
     Args:
         errors, loss_weights, valid: of the frames here.

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent, and which of them a run continues from.
 
-A checkpoint is written beside its final name and renamed when it is on the disk, so a kill at any moment leaves the earlier ones
-untouched and no torn file under a name that anybody would load. Loading never unpickles code.
+A checkpoint is written beside its final name and renamed when it is on the disk, so a kill at any moment leaves the
+earlier ones untouched and no torn file under a name that anybody would load. Loading never unpickles code.
 """
 
 import re

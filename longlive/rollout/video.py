@@ -1,7 +1,7 @@
 """From prompts to raw frames: the rollout engine and a codec's stream decoder, side by side.
 
-Every finished chunk is decoded while the next one is still to come, so memory for pixels is the video and nothing more. The three
-meanings of speed (`Timings`) are measured here, because only here are all three known.
+Every finished chunk is decoded while the next one is still to come, so memory for pixels is the video and nothing
+more. The three meanings of speed (`Timings`) are measured here, because only here are all three known.
 """
 
 from __future__ import annotations
