@@ -32,11 +32,12 @@ RULES = {
     "shot_sink": VisibilityRule(window_chunks=3, shot_sink=True),
     "both_sinks": VisibilityRule(window_chunks=4, sink_chunks=1, shot_sink=True),
 }
-SAME_SHOTS = torch.zeros(3, CHUNKS, dtype=torch.int64)
-OWN_SHOTS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 2], [0, 0, 1, 1, 1]])
+SAME_SHOTS = torch.zeros(4, CHUNKS, dtype=torch.int64)
+# Samples 0 and 3 share their cuts: grouping reorders the batch by a permutation that is not its own inverse.
+OWN_SHOTS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 2], [0, 0, 0, 0, 0], [0, 0, 1, 1, 1]])
 
 
-def draw(segments, batch=3, dtype=torch.float64, seed=0):
+def draw(segments, batch=4, dtype=torch.float64, seed=0):
     """Queries, keys, values that need gradients, and a rotation."""
     tokens = sum(segment.num_tokens for segment in segments)
     g = torch.Generator().manual_seed(seed)
@@ -110,9 +111,9 @@ def test_tokens_that_visibility_was_not_made_for_are_refused(attention_class):
     """Catches a mask of another batch or length that would broadcast or cut silently."""
     segments = ORDERS["one_rank"]
     attention = attention_class(segments, SAME_SHOTS, RULES["all"])
-    with pytest.raises(ValueError, match="2 samples x 60 tokens arrive, but visibility was made for 3 x 60"):
+    with pytest.raises(ValueError, match="2 samples x 60 tokens arrive, but visibility was made for 4 x 60"):
         attention(*draw(segments, batch=2), layer=0)
-    with pytest.raises(ValueError, match="3 samples x 60 tokens arrive, but visibility was made for 3 x 48"):
+    with pytest.raises(ValueError, match="4 samples x 60 tokens arrive, but visibility was made for 4 x 48"):
         attention_class(teacher_forcing_segments(4, TOKENS), SAME_SHOTS, RULES["all"])(*draw(segments), layer=0)
 
 
@@ -137,7 +138,7 @@ def test_queries_and_keys_are_turned_by_their_own_positions():
     segments = ORDERS["one_rank"]
     q, k, v, _ = draw(segments)
     attention = ChunkedAttention(segments, SAME_SHOTS, RULES["all"])
-    positions = torch.arange(2 * CHUNKS * TOKENS).expand(3, -1)
+    positions = torch.arange(2 * CHUNKS * TOKENS).expand(4, -1)
 
     def attend(frame_positions):
         return attention(q, k, v, rotation(frame_positions, 1, 1, HEAD_DIM), layer=0)
@@ -150,5 +151,5 @@ def test_queries_and_keys_are_turned_by_their_own_positions():
 
 def test_a_rotation_of_nothing_is_the_identity():
     q = draw(ORDERS["one_rank"])[0]
-    zeros = torch.zeros(3, q.shape[1], HEAD_DIM // 2)
+    zeros = torch.zeros(4, q.shape[1], HEAD_DIM // 2)
     assert torch.equal(Rotation(cos=zeros + 1, sin=zeros).rotate(q), q)

@@ -96,22 +96,16 @@ class CausalWan(nn.Module):
         """
         for name, parameter in self.named_parameters():
             generator = rng.generator(seed, f"init_weights/{name}")
-
-            def draw(scale: float, shape: torch.Size = parameter.shape, g: torch.Generator = generator) -> Tensor:
-                return torch.randn(shape, generator=g) * scale
-
+            drawn = torch.zeros(parameter.shape)
             if name.endswith("modulation"):
-                parameter.copy_(draw(self.config.dim**-0.5))
-            elif "norm" in name.split(".")[-2]:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-            elif name.endswith("bias") or name == "head.head.weight":
-                parameter.zero_()
-            elif name.startswith(("text_embedding", "time_embedding")):
-                parameter.copy_(draw(0.02))
-            else:
-                drawn = torch.empty(parameter.shape).flatten(1)
-                nn.init.xavier_uniform_(drawn, generator=generator)
-                parameter.copy_(drawn.view_as(parameter))
+                drawn.normal_(std=self.config.dim**-0.5, generator=generator)
+            elif "norm" in name:
+                drawn.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif name.startswith(("text_embedding", "time_embedding")) and name.endswith("weight"):
+                drawn.normal_(std=0.02, generator=generator)
+            elif name.endswith("weight") and name != "head.head.weight":
+                nn.init.xavier_uniform_(drawn.flatten(1), generator=generator)
+            parameter.copy_(drawn)
 
     def forward(
         self,

@@ -1,8 +1,11 @@
 """The network: equal to diffusers' where both exist, causal through every layer, conditioned per frame and chunk."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from torch.utils.checkpoint import checkpoint
 
 from longlive.models.attention import ChunkedAttention, MaskedAttention
 from longlive.models.visibility import Role, Segment, VisibilityRule, segment_mask, teacher_forcing_segments
@@ -221,6 +224,35 @@ def test_a_bfloat16_network_keeps_time_in_float32():
     assert all(tensor.dtype == torch.float32 for tensor in seen[0])
     full = random_model()(**inputs, attention=ChunkedAttention(SEGMENTS, SHOTS, RULES["all"]))
     assert (velocity.float() - full).abs().mean() < 0.05 * full.abs().mean()
+
+
+def test_autocast_changes_rounding_only():
+    """Catches mixed dtypes that a layer refuses or warns about, and time that autocast rounds to bfloat16."""
+    model, inputs = random_model(), teacher_forcing_inputs()
+    attention = ChunkedAttention(SEGMENTS, SHOTS, RULES["all"])
+    full = model(**inputs, attention=attention)
+    seen = []
+    model.time_projection.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(**inputs, attention=attention)
+    assert seen[0].dtype == torch.float32
+    assert (mixed - full).abs().mean() < 0.05 * full.abs().mean()
+    mixed.float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_recomputing_blocks_in_backward_changes_no_gradient():
+    """Activation checkpointing runs the attention function twice: it must give the same both times."""
+    inputs = teacher_forcing_inputs()
+    gradients = []
+    for recompute in (False, True):
+        model = random_model()
+        for block in model.blocks:
+            if recompute:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        velocity = model(**inputs, attention=ChunkedAttention(SEGMENTS, SHOTS, RULES["shot_sink"]))
+        gradients.append(torch.autograd.grad(velocity.square().sum(), list(model.parameters())))
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
 
 
 def test_timesteps_become_cosines_and_sines():
