@@ -88,7 +88,7 @@ def collate(samples: Sequence[VideoSample]) -> VideoBatch:
     )
 
 
-def resample(timestamps: np.ndarray, source_fps: float, fps: float) -> np.ndarray:
+def resample(timestamps: np.ndarray, source_fps: float | int, fps: float | int) -> np.ndarray:
     """Which source frame each frame of a video at another rate shows: the nearest in time, the earlier one of two.
 
     Args:
@@ -99,7 +99,7 @@ def resample(timestamps: np.ndarray, source_fps: float, fps: float) -> np.ndarra
     Returns:
         Source frame indices, int64, one for every `k / fps` before the video's end.
     """
-    tolerance = 1e-6  # seconds; containers round time stamps
+    tolerance = 1e-3  # seconds; containers round time stamps to milliseconds, which must not decide ties
     duration = float(timestamps[-1]) + 1 / source_fps
     times = np.arange(max(1, int((duration + tolerance) * fps))) / fps
     midpoints = (timestamps[:-1] + timestamps[1:]) / 2

@@ -18,7 +18,7 @@ import json
 import logging
 import shutil
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class ShardSample:
     shard: str
     members: Mapping[str, Member]
     num_raw_frames: int
-    fps: float
+    fps: float | int
     shots: tuple[Shot, ...]
 
 
@@ -185,7 +185,7 @@ def _write_shard(
     shard: int,
     quality: int,
     strict: bool,
-    advance: Any,
+    advance: Callable[[], object],
 ) -> ShardIndex:
     """One tar, complete or absent, and its part of the index."""
     name = f"shard-{shard:06d}.tar"
@@ -244,7 +244,11 @@ def _encode_clip(clip: SourceClip, quality: int) -> tuple[bytes, dict[str, Any]]
         check_shots(clip.shots, num_raw_frames)
     except (UnreadableVideoError, ValueError) as error:
         raise UnreadableClipError(clip.key, str(error)) from error
-    return video, {"fps": clip.fps, "num_raw_frames": num_raw_frames, "shots": [asdict(shot) for shot in clip.shots]}
+    return video, {
+        "fps": float(clip.fps),
+        "num_raw_frames": num_raw_frames,
+        "shots": [asdict(shot) for shot in clip.shots],
+    }
 
 
 def scan_tar(path: Path) -> dict[str, dict[str, Member]]:

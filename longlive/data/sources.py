@@ -6,10 +6,10 @@ and skips it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from longlive.data.shots import Shot, check_shots
 from longlive.data.video import VIDEO_SUFFIXES, UnreadableVideoError, open_video
@@ -63,15 +63,15 @@ class ClipSource(Protocol):
     def __getitem__(self, index: int, /) -> SourceClip: ...
 
 
-def shots_from_caption(caption: Mapping[str, Any], num_raw_frames: int) -> tuple[Shot, ...]:
+def shots_from_caption(caption: object, num_raw_frames: int) -> tuple[Shot, ...]:
     """Shots of `{"caption": text}` (one shot over the whole clip) or `{"shots": [{start, end, caption}, ...]}`.
 
     Raises:
         ValueError: if it holds neither or both, or the shots do not fit the clip.
     """
-    if ("caption" in caption) == ("shots" in caption):
+    if not isinstance(caption, Mapping) or ("caption" in caption) == ("shots" in caption):
         raise ValueError(
-            f"a caption file holds either 'caption' or 'shots', exactly one of them; got {sorted(caption)}"
+            f"a caption file holds either 'caption' or 'shots', exactly one of them; got {str(caption)[:200]}"
         )
     if "caption" in caption:
         shots: tuple[Shot, ...] = (Shot(0, num_raw_frames, str(caption["caption"])),)
@@ -84,7 +84,7 @@ def shots_from_caption(caption: Mapping[str, Any], num_raw_frames: int) -> tuple
     return shots
 
 
-class FolderSource(Sequence[SourceClip]):
+class FolderSource:
     """Pairs of `video/<name>/<clip>.mp4` (or mkv, webm, mov) and `caption/<name>/<clip>.json` under one folder.
 
     Video files are passed through unchanged, in sorted order.
@@ -119,7 +119,7 @@ class FolderSource(Sequence[SourceClip]):
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, index: int) -> SourceClip:  # type: ignore[override]
+    def __getitem__(self, index: int) -> SourceClip:
         """Read one clip.
 
         Raises:

@@ -18,9 +18,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from longlive import rng
 from longlive.data.order import buffer_shuffle, lane_shards, num_lanes, place_in_lane
@@ -128,19 +128,20 @@ class StreamedShards(ShardReader):
             return True
 
         places = {self.samples[sample_id].entry.key: place for place, sample_id in enumerate(sample_ids)}
-        pipeline = webdataset.DataPipeline(
-            webdataset.SimpleShardList([url]), webdataset.tarfile_to_samples(handler=keep_error)
-        )
         next_place = 0
-        found: dict[str, Any]
-        for found in pipeline:
-            place = places.get(found["__key__"], -1)
-            if place < next_place:
-                continue
-            for _ in range(next_place, place):
-                yield UnreadableSampleError(f"it is missing in {url}")
-            yield {name: content for name, content in found.items() if not name.startswith("__")}
-            next_place = place + 1
+        try:
+            with webdataset.gopen(url) as stream:
+                files = tar_file_expander([{"url": url, "stream": stream}], handler=keep_error)
+                for found in group_by_keys(files, handler=keep_error):
+                    place = places.get(found["__key__"], -1)
+                    if place < next_place:
+                        continue
+                    for _ in range(next_place, place):
+                        yield UnreadableSampleError(f"it is missing in {url}")
+                    yield {name: content for name, content in found.items() if not name.startswith("__")}
+                    next_place = place + 1
+        except OSError as error:
+            keep_error(error)
         reason = f": {errors[-1]}" if errors else ""
         for _ in range(next_place, len(sample_ids)):
             yield UnreadableSampleError(f"it is missing in {url}{reason}")

@@ -46,8 +46,8 @@ def encode(
 ) -> bytes:
     """A video file.
 
-    `rotation` is stored as metadata; `times` (seconds) makes the frame rate variable; `movflags` such as "faststart" make
-    ffmpeg read its own output again, for which it needs a `folder`.
+    `rotation` is stored as metadata; `times` (seconds) makes the frame rate variable; `movflags` such as "faststart"
+    make ffmpeg read its own output again, for which it needs a `folder`.
     """
     file = io.BytesIO() if folder is None else str(folder / f"encoded.{container}")
     container_options = {"movflags": movflags} if movflags else {}

@@ -1,0 +1,178 @@
+"""From the members of a tar to the frames that training sees: literal indices for time, measured pixels for space."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.videos import encode, numbered_frames, numbers
+from longlive.data.sample import (
+    ClipSpec,
+    UnreadableSampleError,
+    centre_crop_and_resize,
+    collate,
+    crop_in_time,
+    decode_sample,
+    resample,
+)
+
+SPEC = ClipSpec(num_frames=6, chunk_frames=2, height=48, width=80, fps=24)
+
+
+def members(num_frames: int = 50, **settings: object) -> dict[str, bytes]:
+    fields = {"fps": 24, "num_raw_frames": num_frames, "shots": [{"start": 0, "end": num_frames, "caption": "bars"}]}
+    return {"mp4": encode(numbered_frames(num_frames), **settings), "json": json.dumps(fields).encode()}
+
+
+@pytest.mark.parametrize(
+    ("source_fps", "num_frames", "fps", "expected"),
+    [
+        (24, 5, 24, [0, 1, 2, 3, 4]),
+        (48, 6, 24, [0, 2, 4]),
+        (30, 10, 24, [0, 1, 2, 4, 5, 6, 7, 9]),
+        (12, 3, 24, [0, 0, 1, 1, 2, 2]),
+        (16, 4, 24, [0, 1, 1, 2, 3, 3]),
+        (24, 1, 24, [0]),
+        (60, 1, 24, [0]),
+        (24000 / 1001, 4, 24, [0, 1, 2, 3]),
+    ],
+)
+def test_resampling_takes_the_nearest_frame(
+    source_fps: float, num_frames: int, fps: float, expected: list[int]
+) -> None:
+    timestamps = np.arange(num_frames) / source_fps
+    assert resample(timestamps, source_fps, fps).tolist() == expected
+    assert resample(np.round(timestamps, 3), source_fps, fps).tolist() == expected  # as mkv stores them
+
+
+def test_uneven_frames_are_resampled_by_their_time_stamps() -> None:
+    """By the average rate, the second half of this clip would show twice as fast."""
+    timestamps = np.array([0.0, 0.1, 0.2, 0.3, 0.4, 0.8, 1.2])
+    assert resample(timestamps, 5.0, 5.0).tolist() == [0, 2, 4, 4, 5, 5, 6]
+
+
+def test_a_window_of_a_long_clip_is_a_function_of_its_names() -> None:
+    window = crop_in_time(100, 21, seed=1, epoch=2, sample_id=3)
+    assert window == list(range(window[0], window[0] + 21))
+    assert window == crop_in_time(100, 21, seed=1, epoch=2, sample_id=3)
+    others = [crop_in_time(100, 21, *names)[0] for names in ((1, 3, 3), (1, 2, 4), (2, 2, 3))]
+    assert len({window[0], *others}) > 2
+    starts = {crop_in_time(23, 21, 0, epoch, 0)[0] for epoch in range(50)}
+    assert starts == {0, 1, 2}
+
+
+def test_a_short_clip_repeats_its_last_frame() -> None:
+    assert crop_in_time(3, 5, 0, 0, 0) == [0, 1, 2, 2, 2]
+    assert crop_in_time(5, 5, 0, 0, 0) == [0, 1, 2, 3, 4]
+
+
+def test_a_sample_is_the_window_of_its_clip() -> None:
+    sample = decode_sample(members(), SPEC, seed=0, epoch=0, sample_id=7)
+    start = crop_in_time(50, 21, 0, 0, 7)[0]
+    assert numbers(sample.raw_frames) == list(range(start, start + 21))
+    assert (sample.num_valid_frames, sample.sample_id, sample.prompts, sample.shot_index) == (
+        6, 7, ("bars",) * 3, (0, 0, 0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_frames", "num_valid"), [(1, 1), (4, 1), (5, 2), (20, 5), (21, 6)])
+def test_a_short_clip_says_how_many_of_its_frames_are_real(num_frames: int, num_valid: int) -> None:
+    """Frame f > 0 is valid when all of its four raw frames are."""
+    sample = decode_sample(members(num_frames), SPEC, seed=0, epoch=0, sample_id=0)
+    assert numbers(sample.raw_frames) == [min(frame, num_frames - 1) for frame in range(21)]
+    assert sample.num_valid_frames == num_valid
+
+
+def test_another_frame_rate_is_resampled() -> None:
+    sample = decode_sample(members(42, fps=48), SPEC, seed=0, epoch=0, sample_id=0)
+    assert numbers(sample.raw_frames) == list(range(0, 42, 2))
+
+
+def test_a_variable_frame_rate_is_read_by_time() -> None:
+    times = [frame / 24 for frame in range(10)] + [10 / 24 + frame / 12 for frame in range(6)]
+    content = members(16) | {"mp4": encode(numbered_frames(16), "libx265", "matroska", times=times)}
+    sample = decode_sample(content, SPEC, seed=0, epoch=0, sample_id=0)
+    # 16 frames in 21 / 24 s; mkv does not store how long the last one lasts: the average is assumed
+    assert numbers(sample.raw_frames)[:20] == [*range(10), 10, 10, 11, 11, 12, 12, 13, 13, 14, 14]
+
+
+def test_space_is_cropped_in_the_centre_and_never_squeezed() -> None:
+    """Resizing without a crop distorts: a centred square must stay a square."""
+    frames = torch.zeros(1, 3, 60, 100, dtype=torch.uint8)
+    frames[..., 20:40, 40:60] = 255
+    resized = centre_crop_and_resize(frames, 30, 30)
+    bright = resized[0, 0] > 127
+    assert resized.shape == (1, 3, 30, 30)
+    assert (bright.any(1).sum(), bright.any(0).sum()) == (10, 10)
+    assert bright[10:20, 10:20].all()
+    tall = torch.zeros(1, 3, 100, 60, dtype=torch.uint8)
+    tall[..., 41:61, 20:40] = 255
+    bright = centre_crop_and_resize(tall, 15, 30)[0, 0] > 127
+    assert (bright.any(1).sum(), bright.any(0).sum()) == (10, 10)
+    assert bright[3:13, 10:20].all()
+
+
+def test_anamorphic_pixels_become_square() -> None:
+    frames = torch.zeros(1, 3, 60, 50, dtype=torch.uint8)
+    frames[..., 20:40, 20:30] = 255  # a square on a screen whose pixels are twice as wide as high
+    bright = centre_crop_and_resize(frames, 30, 30, pixel_aspect=2.0)[0, 0] > 127
+    assert (bright.any(1).sum(), bright.any(0).sum()) == (10, 10)
+
+
+def test_pixels_of_the_wanted_size_pass_unchanged() -> None:
+    frames = numbered_frames(3)
+    torch.testing.assert_close(centre_crop_and_resize(frames, 48, 80), frames, rtol=0, atol=0)
+
+
+def broken(**changes: bytes | None) -> dict[str, bytes]:
+    return {name: content for name, content in (members(9) | changes).items() if content is not None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (broken(mp4=None), r"needs a video and a json; it has \['json'\]"),
+        (broken(json=None), r"it has \['mp4'\]"),
+        (broken(mp4=members(9)["mp4"][:500]), "UnreadableVideoError"),
+        (broken(mp4=b""), "UnreadableVideoError"),
+        (broken(json=b'{"fps": 24'), "JSONDecodeError"),
+        (broken(json=b"\xff\xfe\x00"), "UnicodeDecodeError"),
+        (broken(json=b"[]"), "TypeError"),
+        (broken(json=b"{}"), "num_raw_frames"),
+        (broken(json=b'{"num_raw_frames": 9, "shots": []}'), "at least one shot"),
+        (broken(json=members(8)["json"]), "the video has 9 raw frames, its json says 8"),
+    ],
+)
+def test_broken_members_make_a_sample_unreadable(content: dict[str, bytes], message: str) -> None:
+    with pytest.raises(UnreadableSampleError, match=message):
+        decode_sample(content, SPEC, seed=0, epoch=0, sample_id=0)
+
+
+def test_samples_of_one_size_make_a_batch() -> None:
+    samples = [decode_sample(members(length), SPEC, seed=0, epoch=0, sample_id=length) for length in (9, 30)]
+    batch = collate(samples)
+    assert batch.raw_frames.dtype == torch.uint8
+    assert batch.raw_frames.shape == (2, 21, 3, 48, 80)
+    assert batch.num_valid_frames.tolist() == [3, 6]
+    assert batch.sample_ids.tolist() == [9, 30]
+    assert batch.shot_index.tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert batch.prompts == (("bars",) * 3,) * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_frames": 7}, "num_frames=7 is no multiple of chunk_frames=2; use 6 or 8"),
+        ({"num_frames": 1}, "num_frames=1 is no multiple of chunk_frames=2; use 2$"),
+        ({"height": 0}, "height=0 must be positive"),
+        ({"width": -3}, "width=-3 must be positive"),
+        ({"fps": 0.0}, r"fps=0.0 must be positive"),
+        ({"temporal_ratio": 0}, "temporal_ratio=0 must be positive"),
+        ({"decoder": "ffmpeg"}, "decoder='ffmpeg' is unknown"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_any_work(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SPEC, **changes)
