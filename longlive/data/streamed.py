@@ -39,7 +39,7 @@ class StreamedShards(ShardReader):
         shuffle_buffer: undecoded samples that wait in memory to be mixed, per lane.
 
     Raises:
-        ValueError: if there are fewer shards than data ranks.
+        ValueError: if there are fewer shards than data ranks, or a location is named twice.
     """
 
     def __init__(
@@ -57,12 +57,10 @@ class StreamedShards(ShardReader):
         super().__init__(locations, spec, seed=seed, shuffle=shuffle)
         if shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer={shuffle_buffer} must be at least 1 (1: samples leave as they come)")
-        self.batch_size, self.data_rank, self.data_size, self.shuffle_buffer = (
-            batch_size,
-            data_rank,
-            data_size,
-            shuffle_buffer,
-        )
+        if len(set(map(str, locations))) < len(locations):
+            raise ValueError(f"a shard set is named twice in {[str(location) for location in locations]}; name it once")
+        self.data_rank, self.data_size = data_rank, data_size
+        self.batch_size, self.shuffle_buffer = batch_size, shuffle_buffer
         shards: dict[str, list[int]] = {}
         for sample_id, sample in enumerate(self.samples):
             shards.setdefault(locate(sample.location, sample.entry.shard), []).append(sample_id)

@@ -282,6 +282,14 @@ def test_several_shard_sets_are_read_as_one(pristine_shards: Path, spec: ClipSpe
     assert sorted(sample_ids(reader, range(22))) == list(range(22))
 
 
+def test_a_stream_names_each_shard_set_once(pristine_shards: Path, spec: ClipSpec) -> None:
+    """Its samples are found by key, so the second of two equal sets would be missing."""
+    with pytest.raises(ValueError, match="is named twice"):
+        StreamedShards(
+            [pristine_shards] * 2, spec, seed=0, shuffle=True, batch_size=1, data_rank=0, data_size=1, shuffle_buffer=4
+        )
+
+
 def test_a_reader_travels_to_a_fresh_interpreter(pristine_shards: Path, spec: ClipSpec) -> None:
     """Workers that are spawned, and not forked, get the reader pickled."""
     for kind in READERS:
