@@ -77,8 +77,9 @@ class VideoCodec(nn.Module, ABC):
         """Raise the `ValueError` of `encode` before any work."""
         num_frames(video.shape[1], self.temporal_ratio)
         height, width = video.shape[-2:]
-        if height % self.spatial_ratio or width % self.spatial_ratio:
+        ratio = self.spatial_ratio
+        if height % ratio or width % ratio:
             raise ValueError(
-                f"height={height}, width={width} are no multiples of the codec's spatial_ratio={self.spatial_ratio}; "
-                f"use {height - height % self.spatial_ratio}, {width - width % self.spatial_ratio}"
+                f"height={height}, width={width} are no multiples of the codec's spatial_ratio={ratio}; "
+                f"use {max(height - height % ratio, ratio)}, {max(width - width % ratio, ratio)}"
             )
