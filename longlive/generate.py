@@ -32,9 +32,9 @@ from longlive.data.atomic import write_aside
 from longlive.data.video import open_video, write_mp4
 from longlive.modules.base import LongLiveModule, check_same_shapes, to_unit_range
 from longlive.parallel.checkpoint import find_checkpoint, load_checkpoint
+from longlive.precision.auto import choose_precision
 from longlive.rollout.engine import ChunkReport
 from longlive.rollout.video import Timings, generate_videos
-from longlive.train import choose_precision
 from longlive.typing import RawFrames, Tensor, UInt8
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,8 @@ def read_prompts(prompts: Any) -> list[str]:
         found = [str(prompt) for prompt in prompts or ()]
     if not found or not all(prompt.strip() for prompt in found):
         raise ValueError(
-            "no prompt: give prompts='a text', prompts=[text,text], prompts=file.txt (one per line) or prompts=toyworld"
+            "no prompt: give prompts='a text', prompts=[text,text], prompts=file.txt (one per line), or "
+            "prompt_set=toyworld"
         )
     return found
 

@@ -11,7 +11,6 @@ import re
 import warnings
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,6 +18,7 @@ from longlive.callbacks.ema import averaged_weights
 from longlive.config import instantiate, to_plain
 from longlive.modules.base import LongLiveModule, check_same_shapes
 from longlive.parallel.checkpoint import AtomicCheckpointIO, find_checkpoint, load_checkpoint, newest_checkpoint
+from longlive.precision.auto import choose_precision
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +61,6 @@ def make_trainer(config: DictConfig) -> Trainer:
     return trainer
 
 
-def choose_precision(precision: str) -> str:
-    """`auto` is mixed bfloat16 where the device multiplies it in hardware, else float32; other names pass unchanged."""
-    if precision != "auto":
-        return precision
-    if torch.cuda.is_available():
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
-    return "bf16-mixed" if has_bf16 else "32-true"
-
-
 def initialise(module: LongLiveModule, location: str) -> None:
     """Take the weights (the average, where there is one) of a checkpoint; step, optimizer and data position stay at 0.
 
@@ -91,6 +80,7 @@ def _quieten() -> None:
         "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning's own use of torch
         "Total length of `list` across ranks is zero",  # a run without validation data
         "The `srun` command is available",  # SLURM's tools on a machine where no job runs
+        "Checkpoint directory",  # a resumed run has one
     ):
         warnings.filterwarnings("ignore", message=".*" + re.escape(message))
 

@@ -104,6 +104,13 @@ class EMA(Callback):
         # A checkpoint saved on the way out holds the weights as weights and the average as average.
         self.on_validation_end(trainer, pl_module)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Saved while the average stands in for the weights, both still go where they belong.
+        if self._swapped:
+            averaged = {name: checkpoint["state_dict"][name] for name in self.average}
+            checkpoint["state_dict"] |= self.average
+            checkpoint["callbacks"][self.state_key]["average"] = averaged
+
     def state_dict(self) -> dict[str, Any]:
         return {"num_updates": self.num_updates, "average": self.average}
 

@@ -51,7 +51,7 @@ class LossBreakdown(Callback):
         # Lightning hands over the loss divided by the number of accumulated batches.
         loss = outputs["loss"].detach().float() * trainer.accumulate_grad_batches
         parts = breakdown(loss, outputs["frame_errors"], outputs["timesteps"], outputs["valid"])
-        self._sums = parts if self._sums is None else self._sums + parts
+        self._sums = parts if self._sums is None else self._sums.to(parts) + parts
         if trainer.global_step % self.every_n_steps or trainer.fit_loop._should_accumulate():
             return
         sums = pl_module.sum_over_ranks(self._sums).cpu()
@@ -67,6 +67,13 @@ class LossBreakdown(Callback):
         values["train/learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The part of the log interval that is already done, so that a resumed run logs the same means."""
+        return {"sums": None if self._sums is None else self._sums.cpu(), "last_loss": self.last_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._sums, self.last_loss = state_dict["sums"], state_dict["last_loss"]
 
 
 def breakdown(loss: Tensor, errors: Tensor, timesteps: Tensor, valid: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Where the time of a step goes, and how many tokens and samples it moves.
 
 Phases of a step: *data* (waiting for the loader), *encode* (codec, text encoder, noise), *forward*, *backward*,
-*optimizer* (clipping, step, everything until the batch ends). Phases are measured on the steps that are logged; on an
-accelerator each border then waits for the device, which other steps never do. Tokens are those of the network's
-sequence, clean history and noisy targets, on all ranks.
+*optimizer* (clipping, step, everything until the batch ends); with gradient accumulation, each summed over the step's
+batches. Phases are measured on the steps that are logged; on an accelerator each border then waits for the device,
+which other steps never do. Tokens are those of the network's sequence, clean history and noisy targets, on all ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Throughput(Callback):
         self._phase_start = self._batch_end = time.perf_counter()
         self._interval_start = time.perf_counter()
         self._interval_tokens = 0
-        self._interval_batches = 0
+        self._interval_steps = 0
         self._measured = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,7 +53,7 @@ class Throughput(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._measured = (trainer.global_step + 1) % self.every_n_steps == 0
-        self._seconds = {"data": time.perf_counter() - self._batch_end}
+        self._seconds["data"] = self._seconds.get("data", 0.0) + time.perf_counter() - self._batch_end
         self._phase = None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -71,19 +71,23 @@ class Throughput(Callback):
         self.num_tokens += tokens
         self.num_samples += batch.batch_size * trainer.world_size
         self._interval_tokens += tokens
-        self._interval_batches += 1
-        if self._measured and not trainer.fit_loop._should_accumulate():
+        if trainer.fit_loop._should_accumulate():
+            self._batch_end = time.perf_counter()
+            return
+        self._interval_steps += 1
+        if self._measured:
             now = time.perf_counter()
             elapsed = now - self._interval_start
             self.tokens_per_second = self._interval_tokens / elapsed
             values = {f"throughput/seconds_{phase}": self._seconds.get(phase, 0.0) for phase in PHASES}
             values["throughput/tokens_per_second"] = self.tokens_per_second
-            values["throughput/step_seconds"] = elapsed / self._interval_batches
+            values["throughput/step_seconds"] = elapsed / self._interval_steps
             values["progress/samples"] = float(self.num_samples)
             values["progress/tokens"] = float(self.num_tokens)
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step - 1)
-            self._interval_start, self._interval_tokens, self._interval_batches = now, 0, 0
+            self._interval_start, self._interval_tokens, self._interval_steps = now, 0, 0
+        self._seconds, self._measured = {}, False
         self._batch_end = time.perf_counter()
 
     def _begin(self, phase: str | None) -> None:

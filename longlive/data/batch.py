@@ -63,7 +63,7 @@ class VideoBatch:
         return len(self.prompts)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> VideoBatch:
-        """The same batch with its pixels or latents on a device. The integer tables stay on the CPU: they are read there."""
+        """The same batch with its pixels or latents on a device. Integer tables stay on the CPU, to be read there."""
         media = {
             name: value.to(device, non_blocking=non_blocking)
             for name in ("latents", "raw_frames")

@@ -155,7 +155,7 @@ class ToyWorldAccuracy(Metric):
 
     `compute` returns a flat dict: `colour`, `shape`, `direction`, `ground` (whole video), `<attribute>/quarter_1..4`,
     `<attribute>/drift` (quarter 4 minus quarter 1), `speed_error` and `speed_error/quarter_i` (mean absolute error in
-    pixels per raw frame, over the prompts that say a speed), and `num_videos`.
+    pixels per raw frame, over the prompts that say a speed; absent if none does), and `num_videos`.
     """
 
     full_state_update = False
@@ -199,7 +199,7 @@ class ToyWorldAccuracy(Metric):
             for span, name in enumerate(SPANS):
                 result[attribute if name == "video" else f"{attribute}/{name}"] = accuracy[span, column]
             result[f"{attribute}/drift"] = accuracy[-1, column] - accuracy[1, column]
-        for span, name in enumerate(SPANS):
+        for span, name in enumerate(SPANS if self.num_speeds else ()):
             result["speed_error" if name == "video" else f"speed_error/{name}"] = speed_error[span]
         result["num_videos"] = self.num_videos.clone()
         return result
