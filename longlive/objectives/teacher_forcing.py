@@ -91,8 +91,8 @@ class TeacherForcingInputs:
         loss_weights: w(t) of every noisy frame `[b f]`.
     """
 
-    latents: Latents
-    timesteps: PerFrame
+    latents: Float[Tensor, "b both c h w"]
+    timesteps: Float[Tensor, "b both"]
     target: Latents
     loss_weights: PerFrame
 
