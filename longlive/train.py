@@ -12,6 +12,8 @@ import warnings
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from longlive.callbacks.ema import averaged_weights
@@ -39,8 +41,8 @@ def train(config: DictConfig) -> Trainer:
     trainer = make_trainer(config)
     if config.initialise_from is not None and checkpoint is None:
         initialise(module, config.initialise_from)
-    directory.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(module.run_config), directory / "config.yaml")
+    # Written once the run trains: a start that is refused leaves the config of an earlier one as it was.
+    trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: _save_config(module, directory)))  # type: ignore[attr-defined]
     log.info("continuing from %s", checkpoint) if checkpoint else log.info("a new run in %s", directory)
     trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     return trainer
@@ -71,6 +73,12 @@ def initialise(module: LongLiveModule, location: str) -> None:
     module.configure_model()
     check_same_shapes(module.state_dict(), weights)
     module.load_state_dict(weights)
+
+
+@rank_zero_only
+def _save_config(module: LongLiveModule, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(module.run_config), directory / "config.yaml")
 
 
 def _quieten() -> None:

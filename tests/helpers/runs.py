@@ -1,0 +1,209 @@
+"""Tiny runs: a network of one layer on the toy world (or on random latents), trained for a few steps in a second."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.util.tensor_util import make_ndarray
+from torch.utils.data import DataLoader
+
+from longlive.codecs.dct import DCTCodec
+from longlive.config import compose
+from longlive.data.batch import BatchSpec, VideoBatch
+from longlive.data.shards import write_shards
+from longlive.data.toyworld import ToyWorldSource
+from longlive.diffusion.schedule import FlowSchedule
+from longlive.models.wan.config import WanConfig
+from longlive.modules.teacher_forcing import TeacherForcingModule
+from longlive.text.toy import ToyTextEncoder
+from longlive.train import train
+
+TINY = (
+    "experiment=toyworld",
+    "model.num_layers=1",
+    "model.dim=32",
+    "model.ffn_dim=32",
+    "model.num_heads=2",
+    "data.num_frames=8",
+    "data.batch_size=2",
+    "data.num_workers=0",
+    "data.height=32",
+    "data.width=32",
+    "learning_rate.num_warmup_steps=2",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=12",
+    "trainer.log_every_n_steps=1",
+    "callbacks.checkpoint.every_n_train_steps=4",
+    "+trainer.enable_progress_bar=false",
+    "callbacks.progress=null",
+    "callbacks.samples=null",
+    "precision=32-true",
+)
+"""Overrides of `train.yaml`: 8 frames in 2 chunks, 2 clips a batch, a checkpoint every 4 of 12 steps."""
+
+
+def write_toyworld(directory: Path, num_clips: int = 5, num_raw_frames: int = 29) -> Path:
+    """Real shards of real mp4 files."""
+    write_shards(ToyWorldSource(num_clips, num_raw_frames), directory, clips_per_shard=3, progress=False)
+    return directory
+
+
+def overrides(directory: Path, shards: Path, *more: str) -> list[str]:
+    """The command line, after `longlive train`, of a tiny run."""
+    return [*TINY, f"directory={directory}", f"data.train={shards}", *more]
+
+
+def run(directory: Path, shards: Path, *more: str) -> Trainer:
+    """The tiny run in this process."""
+    return train(compose("train", overrides(directory, shards, *more)))
+
+
+def checkpoint(directory: Path, step: int) -> dict[str, Any]:
+    """A run's checkpoint, as torch reads it."""
+    return torch.load(directory / "checkpoints" / f"step-{step:07d}.ckpt", weights_only=True)
+
+
+def events(directory: Path) -> Iterable[Any]:
+    """What TensorBoard finds in a run: (step, value) of every summary, oldest file first."""
+    for file in sorted((directory / "tensorboard").glob("events.*")):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                yield event.step, value
+
+
+def curves(directory: Path) -> dict[str, dict[int, float]]:
+    """Scalars of a run by tag and step: the last value of each, as TensorBoard shows it."""
+    found: dict[str, dict[int, float]] = {}
+    for step, value in events(directory):
+        if value.metadata.plugin_data.plugin_name == "scalars":
+            found.setdefault(value.tag, {})[step] = float(make_ndarray(value.tensor))
+    return found
+
+
+def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
+    """Two trees of tensors and plain values are equal bit for bit."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, Mapping):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), where
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(one, other, f"{where}/{index}")
+    elif isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype, where
+        assert torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs, where
+
+
+class Snapshot(Callback):
+    """Copies the run's directory when a batch starts: what a kill at that moment leaves on the disk.
+
+    Args:
+        source, target: directories.
+        after_batches: batches of the run before that moment.
+    """
+
+    def __init__(self, source: str, target: str, after_batches: int) -> None:
+        self.source, self.target, self.after_batches = source, target, after_batches
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.completed == self.after_batches:
+            shutil.copytree(self.source, self.target)
+
+
+class Pause(Callback):
+    """Makes steps last long enough for a kill to hit one."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        time.sleep(self.seconds)
+
+
+SPEC = BatchSpec(batch_size=2, num_frames=8, chunk_frames=4, channels=16, height=4, width=4)
+
+
+def tiny_module(**changes: Any) -> TeacherForcingModule:
+    """One layer, on the CPU, without data."""
+    settings: dict[str, Any] = {
+        "model": WanConfig.tiny(num_layers=1, dim=32, ffn_dim=32, num_heads=2),
+        "codec": DCTCodec(),
+        "text_encoder": ToyTextEncoder(embed_dim=64, num_tokens=12),
+        "schedule": FlowSchedule(num_steps=1000, shift=3.0),
+        "chunk_frames": 4,
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    }
+    return TeacherForcingModule(**settings | changes)
+
+
+def fake_batches(number: int, **changes: Any) -> list[VideoBatch]:
+    """Random latents, other ones in every batch."""
+    return [VideoBatch.fake(BatchSpec(**vars(SPEC) | changes), seed=index) for index in range(number)]
+
+
+class MemoryLogger(Logger):
+    """Keeps what is logged: a list of (step, values)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    @property
+    def name(self) -> str:
+        return "memory"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        self.logged.append((step, dict(metrics)))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Not kept."""
+
+    def of(self, tag: str) -> dict[int, float]:
+        """Values of one tag by step."""
+        return {step: values[tag] for step, values in self.logged if tag in values}
+
+
+def fit(
+    module: LightningModule,
+    batches: Sequence[VideoBatch],
+    callbacks: Sequence[Callback] = (),
+    logger: Logger | None = None,
+    validation: Sequence[VideoBatch] = (),
+    checkpoint: Path | None = None,
+    **settings: Any,
+) -> Trainer:
+    """Train on batches that exist already; `settings` are the Trainer's."""
+    trainer = Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_steps": len(batches),
+            "callbacks": list(callbacks),
+            "logger": logger or False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "num_sanity_val_steps": 0,
+            "use_distributed_sampler": False,
+        }
+        | settings
+    )
+    val_loader = DataLoader(list(validation), batch_size=None) if validation else None
+    trainer.fit(module, DataLoader(list(batches), batch_size=None), val_loader, ckpt_path=checkpoint, weights_only=True)
+    return trainer
