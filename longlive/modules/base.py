@@ -32,7 +32,7 @@ from longlive.text.base import TextEncoder
 from longlive.text.cache import unique_prompts
 from longlive.typing import Int, Latents, PromptEmbeds, RawFrames, Tensor, Video
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
 LearningRateFactory = Callable[[Optimizer], LRScheduler]
 
 
@@ -50,7 +50,7 @@ class LongLiveModule(LightningModule):
         text_encoder: prompts -> embeddings.
         schedule: noise levels of training and rollout.
         chunk_frames: frames denoised together.
-        optimizer: makes the optimizer from the trainable parameters.
+        optimizer: makes the optimizer from the named trainable parameters, as torch's optimizers take them.
         learning_rate: makes the learning-rate schedule, stepped once per optimizer step; None: constant.
         weights: where the network's weights start from: safetensors in Wan's or diffusers' names (a file, an index or a
             folder). None: `init_weights(seed)`. This is not how a run is resumed.
@@ -151,7 +151,8 @@ class LongLiveModule(LightningModule):
         return self.network
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.make_optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        trainable = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        optimizer = self.make_optimizer(trainable)
         if self.make_learning_rate is None:
             return optimizer
         return {
