@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util.tensor_util import make_ndarray
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from longlive.codecs.dct import DCTCodec
 from longlive.config import compose
@@ -180,6 +181,16 @@ class MemoryLogger(Logger):
         return {step: values[tag] for step, values in self.logged if tag in values}
 
 
+class Stream(IterableDataset[VideoBatch]):
+    """Batches without a length: as with the real data, Lightning sees no epoch and knows no position."""
+
+    def __init__(self, batches: Sequence[VideoBatch]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[VideoBatch]:
+        return iter(self.batches)
+
+
 def fit(
     module: LightningModule,
     batches: Sequence[VideoBatch],
@@ -189,7 +200,8 @@ def fit(
     checkpoint: Path | None = None,
     **settings: Any,
 ) -> Trainer:
-    """Train on batches that exist already; `settings` are the Trainer's."""
+    """Train on batches that exist already, a resumed run on those that are left; `settings` are the Trainer's."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = Trainer(
         **{
             "accelerator": "cpu",
@@ -200,10 +212,13 @@ def fit(
             "enable_model_summary": False,
             "enable_checkpointing": False,
             "num_sanity_val_steps": 0,
+            "check_val_every_n_epoch": None,
             "use_distributed_sampler": False,
         }
         | settings
     )
     val_loader = DataLoader(list(validation), batch_size=None) if validation else None
-    trainer.fit(module, DataLoader(list(batches), batch_size=None), val_loader, ckpt_path=checkpoint, weights_only=True)
+    trainer.fit(
+        module, DataLoader(Stream(batches), batch_size=None), val_loader, ckpt_path=checkpoint, weights_only=True
+    )
     return trainer
