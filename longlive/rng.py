@@ -29,12 +29,15 @@ def generator(seed: int, purpose: str, *, step: int = 0, sample: int = 0, chunk:
 
 def normal(shape: Sequence[int], seed: int, purpose: str, *, step: int = 0, sample: int = 0, chunk: int = 0) -> Tensor:
     """Standard normal float32 numbers on the CPU."""
-    return torch.randn(*shape, generator=generator(seed, purpose, step=step, sample=sample, chunk=chunk))
+    # The dtype is named, because Lightning's true half precision changes torch's default during a step.
+    numbers = generator(seed, purpose, step=step, sample=sample, chunk=chunk)
+    return torch.randn(*shape, generator=numbers, dtype=torch.float32)
 
 
 def uniform(seed: int, purpose: str, *, step: int = 0, sample: int = 0, chunk: int = 0) -> float:
     """One number in [0, 1)."""
-    return float(torch.rand((), generator=generator(seed, purpose, step=step, sample=sample, chunk=chunk)))
+    numbers = generator(seed, purpose, step=step, sample=sample, chunk=chunk)
+    return float(torch.rand((), generator=numbers, dtype=torch.float32))
 
 
 def integer(high: int, seed: int, purpose: str, *, step: int = 0, sample: int = 0, chunk: int = 0) -> int:

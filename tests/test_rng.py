@@ -75,6 +75,17 @@ def test_the_global_generator_is_neither_read_nor_moved() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_torchs_default_dtype_does_not_change_the_numbers() -> None:
+    """Lightning's true half precision changes it during a step: noise and dropout would be drawn with 8 bits."""
+    first = _one_of_each()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert _one_of_each() == first
+        assert rng.normal((4,), **NAME).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def _one_of_each() -> list[Any]:
     return [
         rng.normal((4,), **NAME).tolist(),

@@ -134,7 +134,7 @@ class TeacherForcingModule(LongLiveModule):
         """RoPE position of every frame: its index in the clip, plus the offset of its shot."""
         index = batch.frame_offset + torch.arange(num_frames)
         shot = batch.shot_index.repeat_interleave(self.chunk_frames, dim=1)
-        return (index + self.shot_rope_offset * shot).float().to(self.device)
+        return (index + self.shot_rope_offset * shot.float()).to(self.device)
 
     def frame_losses(self, prediction: Latents, inputs: TeacherForcingInputs) -> PerFrame:
         """One unweighted loss per noisy frame. Weights, padding and averaging are applied afterwards."""

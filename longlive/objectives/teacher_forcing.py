@@ -77,7 +77,8 @@ def draw(
     if not noise_augmentation:
         return Draws(torch.tensor(index), noise("noise"))
     share = [[rng.uniform(seed, "history_sigma", step=step, sample=i, chunk=c) for c in chunks] for i in sample_ids]
-    return Draws(torch.tensor(index), noise("noise"), noise("history_noise"), noise_augmentation * torch.tensor(share))
+    history_sigma = noise_augmentation * torch.tensor(share, dtype=torch.float32)
+    return Draws(torch.tensor(index), noise("noise"), noise("history_noise"), history_sigma)
 
 
 @dataclass(frozen=True)

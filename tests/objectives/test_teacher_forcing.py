@@ -157,6 +157,19 @@ def test_the_global_generator_is_neither_read_nor_moved() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_torchs_default_dtype_does_not_change_the_draws() -> None:
+    """As Lightning's true half precision does during a step."""
+    first = tensors(drawn())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        second = tensors(drawn())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in second.items():
+        assert value.dtype == first[name].dtype, name
+        assert torch.equal(value, first[name]), name
+
+
 def test_the_grid_index_is_uniform() -> None:
     """Drawn uniformly in index, so that the shift, and nothing else, decides which noise levels are common."""
     index = torch.cat([drawn((2, 40, 1, 1, 1), step=step).grid_index for step in range(50)]).flatten()
