@@ -9,7 +9,6 @@ PACKAGES = {
     "torch": "torch",
     "lightning": "lightning",
     "torchao": "torchao",
-    "torchdata": "torchdata",
     "torchmetrics": "torchmetrics",
     "diffusers": "diffusers",
     "transformers": "transformers",
