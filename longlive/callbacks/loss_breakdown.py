@@ -38,11 +38,13 @@ class LossBreakdown(Callback):
         """Mean of the last log interval; the progress bar shows it."""
         self._sums: Tensor | None = None
         self._gradient_norm: Tensor | None = None
+        self._learning_rate = 0.0
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % self.every_n_steps == 0:
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self._gradient_norm = get_total_norm(gradients)
+            self._learning_rate = float(optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -64,7 +66,7 @@ class LossBreakdown(Callback):
                     values[f"train/loss_{name}_quarter_{quarter + 1}"] = float(sums[0, column] / sums[1, column])
         if self._gradient_norm is not None:
             values["train/gradient_norm"] = float(self._gradient_norm)
-        values["train/learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
+        values["train/learning_rate"] = self._learning_rate
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step - 1)
 
