@@ -52,7 +52,8 @@ class RunProgress(ProgressBar):
         self._start = (time.perf_counter(), trainer.global_step)
         self._console.print(
             f"training from step {trainer.global_step} to {total or 'no limit'} on {trainer.world_size} "
-            f"{trainer.strategy.root_device.type} device(s), precision {trainer.precision}"
+            f"{trainer.strategy.root_device.type} device(s), precision {trainer.precision}",
+            soft_wrap=True,
         )
         if self._console.is_terminal:
             self._progress = Progress(
@@ -76,7 +77,8 @@ class RunProgress(ProgressBar):
         elif time.perf_counter() - self._last_line >= self.line_seconds or trainer.global_step == trainer.max_steps:
             self._last_line = time.perf_counter()
             self._console.print(
-                f"step {trainer.global_step}/{trainer.max_steps}  {self._numbers(trainer)}  {self._left(trainer)}"
+                f"step {trainer.global_step}/{trainer.max_steps}  {self._numbers(trainer)}  {self._left(trainer)}",
+                soft_wrap=True,
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,13 +91,13 @@ class RunProgress(ProgressBar):
         self._stop()
 
     def _numbers(self, trainer: Trainer) -> str:
-        parts = []
+        loss = speed = ""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LossBreakdown) and callback.last_loss == callback.last_loss:
-                parts.append(f"loss {callback.last_loss:.4f}")
+                loss = f"loss {callback.last_loss:.4f}"
             if isinstance(callback, Throughput) and callback.tokens_per_second:
-                parts.append(f"{callback.tokens_per_second:,.0f} tokens/s")
-        return "  ".join(parts)
+                speed = f"{callback.tokens_per_second:,.0f} tokens/s"
+        return "  ".join(filter(None, (loss, speed)))
 
     def _left(self, trainer: Trainer) -> str:
         seconds, first = self._start

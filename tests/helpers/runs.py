@@ -206,6 +206,7 @@ def fit(
         **{
             "accelerator": "cpu",
             "max_steps": len(batches),
+            "max_epochs": 2,
             "callbacks": list(callbacks),
             "logger": logger or False,
             "enable_progress_bar": False,
