@@ -10,8 +10,9 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,12 +21,14 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from longlive.callbacks.ema import EMA
+from longlive.codecs.base import num_raw_frames
 from longlive.data.video import write_mp4
 from longlive.modules.base import LongLiveModule, to_unit_range
 from longlive.rollout.video import generate_videos
 from longlive.typing import RawFrames, Tensor, UInt8
 
 
+@runtime_checkable
 class VideoMetric(Protocol):
     """What is measured on videos and their prompts; `metrics.toyworld.ToyWorldAccuracy` is one."""
 
@@ -80,9 +83,13 @@ class SampleVideo(Callback):
         self._last_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse impossible lengths before training starts."""
+        """Refuse impossible sizes before training starts."""
         assert isinstance(pl_module, LongLiveModule)
         pl_module.rollout.num_chunks(self.num_frames)
+        codec = pl_module.codec
+        num_raw = num_raw_frames(self.num_frames, codec.temporal_ratio)
+        codec.check_video(torch.empty(0, num_raw, 3, self.height, self.width))
+        pl_module.model_config.patches(self.height // codec.spatial_ratio, self.width // codec.spatial_ratio)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
@@ -105,14 +112,13 @@ class SampleVideo(Callback):
         self._last_step = trainer.global_step
         assert isinstance(pl_module, LongLiveModule)
         averages = [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+        average = averages[0].averaged(pl_module) if averages else nullcontext()
         pl_module.eval()
-        if averages:
-            with averages[0].averaged(pl_module), trainer.precision_plugin.forward_context():
+        try:
+            with average, trainer.precision_plugin.forward_context():
                 videos = self._roll_out(pl_module)
-        else:
-            with trainer.precision_plugin.forward_context():
-                videos = self._roll_out(pl_module)
-        pl_module.train()
+        finally:
+            pl_module.train()
         self._write(videos[: self.num_shown], trainer)
         if self.metric is not None:
             self.metric.reset()
