@@ -25,7 +25,7 @@ from longlive.typing import Float, Tensor, UInt8
 
 SIZE = 64
 FPS = 24.0
-RADIUS = 13.0
+RADIUS = 12.0
 """Half the size of a shape, in pixels."""
 EDGE = 3.0
 """Pixels over which an edge fades: soft enough for a codec of low frequencies, sharp enough to tell shapes apart."""
@@ -42,8 +42,11 @@ GROUNDS: dict[str, tuple[int, int, int]] = {"dark": (24, 24, 28), "grey": (122, 
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS: dict[str, tuple[int, int]] = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 """Unit step (x, y); y grows downwards."""
-SPEEDS: dict[str, float] = {"slowly": 0.5, "quickly": 1.0}
+SPEEDS: dict[str, float] = {"slowly": 1.0, "quickly": 2.0}
 """Pixels per raw frame."""
+
+CELL = 16
+"""A shape starts in the middle of one of 4 x 4 cells of this size: the only choice that a caption leaves open."""
 
 WORDINGS = (
     "a {colour} {shape} moves {speed} {direction} over a {ground} ground",
@@ -152,8 +155,8 @@ def random_scene(seed: int, sample: int, shot: int = 0) -> Scene:
         direction=list(DIRECTIONS)[draw("direction", len(DIRECTIONS))],
         ground=list(GROUNDS)[draw("ground", len(GROUNDS))],
         speed=list(SPEEDS)[draw("speed", len(SPEEDS))],
-        x=float(draw("x", SIZE)),
-        y=float(draw("y", SIZE)),
+        x=(draw("x", SIZE // CELL) + 0.5) * CELL - 0.5,
+        y=(draw("y", SIZE // CELL) + 0.5) * CELL - 0.5,
     )
 
 
