@@ -35,7 +35,7 @@ from longlive.parallel.checkpoint import find_checkpoint, load_checkpoint
 from longlive.precision.auto import choose_precision
 from longlive.rollout.engine import ChunkReport
 from longlive.rollout.video import Timings, generate_videos
-from longlive.typing import RawFrames, Tensor, UInt8
+from longlive.typing import Tensor, UInt8
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,12 @@ def generate(config: DictConfig) -> dict[str, Any]:
     height, width = config.height or training["height"], config.width or training["width"]
     fps = config.fps or training["fps"]
     module.codec.check_video(torch.empty(0, num_raw_frames(num_frames, module.codec.temporal_ratio), 3, height, width))
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size={config.batch_size} must be at least 1")
+    latent_size = (height // module.codec.spatial_ratio, width // module.codec.spatial_ratio)
+    module.model_config.patches(*latent_size)
+    for name in ("batch_size", "sheet_rows"):
+        if config[name] < 1:
+            raise ValueError(f"{name}={config[name]} must be at least 1")
+    metric = None if config.metric is None else instantiate(config.metric)
 
     directory = Path(config.directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -89,7 +93,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
         "device": device_name(),
         "timings": {},
     }
-    _check_directory(directory, record)
+    record |= _check_directory(directory, record)
     files = [directory / f"{index:03d}-{slug(prompt)}.mp4" for index, prompt in enumerate(prompts)]
     waiting = [index for index, file in enumerate(files) if not file.exists()]
     module.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -108,7 +112,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
                 module.codec,
                 module.text_encoder,
                 [[prompts[index]] * num_chunks for index in batch],
-                (height // module.codec.spatial_ratio, width // module.codec.spatial_ratio),
+                latent_size,
                 seed=config.seed,
                 sample_ids=batch,
                 negative_prompt=config.negative_prompt,
@@ -130,8 +134,8 @@ def generate(config: DictConfig) -> dict[str, Any]:
         }
     sheet = directory / "contact_sheet.png"
     write_contact_sheet(sheet, files[: config.sheet_rows], prompts)
-    if config.metric is not None:
-        metrics = measure(instantiate(config.metric), files, prompts)
+    if metric is not None:
+        metrics = measure(metric, files, prompts)
         print_metrics(metrics)
         record["metrics"] = metrics
     _write_json(directory / RECORD, record)
@@ -248,7 +252,7 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     Console().print(table)
 
 
-def _read_whole(file: Path) -> RawFrames:
+def _read_whole(file: Path) -> UInt8[Tensor, "t 3 H W"]:
     with open_video(file) as reader:
         return reader.read(range(reader.num_raw_frames))
 
@@ -257,8 +261,11 @@ def _images(frames: UInt8[Tensor, "t 3 H W"]) -> Iterator[Image.Image]:
     return (Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).numpy())
 
 
-def _check_directory(directory: Path, record: dict[str, Any]) -> None:
+def _check_directory(directory: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Write the record of a new run; refuse to mix videos of two runs.
+
+    Returns:
+        What an earlier run of the same settings measured on the videos that are there: they are made only once.
 
     Raises:
         ValueError: if the directory belongs to other settings.
@@ -266,15 +273,16 @@ def _check_directory(directory: Path, record: dict[str, Any]) -> None:
     path = directory / RECORD
     settings = json.loads(json.dumps(record["settings"]))
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        changed = [name for name in settings if settings[name] != before.get(name)]
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in settings if settings[name] != before["settings"].get(name)]
         if changed:
             raise ValueError(
                 f"{directory} holds videos made with another {', '.join(changed)}; nothing already written is "
                 "overwritten: give another directory=..., or remove it"
             )
-    else:
-        _write_json(path, record)
+        return {name: before[name] for name in ("timings", "metrics") if name in before}
+    _write_json(path, record)
+    return {}
 
 
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
