@@ -64,7 +64,7 @@ def test_weights_start_from_a_file(settings: dict[str, Any], make_module: Callab
 
 def test_codec_and_text_encoder_are_frozen_and_not_part_of_the_module(settings: dict[str, Any]) -> None:
     """In the state, 700 million of codec parameters would be in every checkpoint, average and optimizer."""
-    codec = WanVideoCodec.tiny()
+    codec = WanVideoCodec.tiny().train().requires_grad_(True)
     text_encoder = ToyTextEncoder(embed_dim=32)
     text_encoder.scale = torch.nn.Parameter(torch.ones(1))
     model = replace(settings["model"], in_channels=4, out_channels=4)
