@@ -142,11 +142,21 @@ def test_arguments_beside_the_config_reach_the_constructor():
         ({"size": 1, "sise": 2}, r"box: .*unexpected keyword argument 'sise'"),
         ({"size": 1, "content": {"_target_": f"{__name__}.Box", "size": -2}}, r"box.content: size=-2 is negative"),
         ({"_target_": f"{__name__}.Bx"}, r"(?s)box: Error locating target .*Bx"),
+        ({"_partial_": True, "sise": 2}, r"box: .*Box got an unexpected keyword argument 'sise'"),
+        (
+            {"size": 1, "content": {"_target_": f"{__name__}.Box", "_partial_": True, "sise": 2}},
+            r"box.content: .*unexpected keyword argument 'sise'",
+        ),
     ],
 )
 def test_a_setting_that_a_constructor_refuses_is_named_with_its_config_key(settings, message):
     with pytest.raises(ValueError, match=message):
         instantiate(box(**settings))
+
+
+def test_what_is_called_later_is_checked_by_name_and_made_later():
+    factory = instantiate(box(_partial_=True, content="given"))
+    assert (factory(size=2).size, factory(3).content) == (2, "given")
 
 
 def test_a_constructors_other_errors_keep_their_type_and_gain_the_key():

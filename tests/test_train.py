@@ -123,6 +123,7 @@ def test_a_run_that_was_killed_and_started_again_equals_one_that_was_not(whole, 
         (("data.num_workers=1",), 7, 4),
         (("trainer.accumulate_grad_batches=2",), 9, 4),
         (("trainer.accumulate_grad_batches=2",), 14, 4),
+        (("optimizer=muon",), 10, 8),
     ],
 )
 def test_a_kill_at_any_moment_leaves_what_is_needed_to_continue(
