@@ -9,6 +9,7 @@ Nothing here outlives a call: Hydra's global state is entered and left inside `c
 """
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import CompactHydraException, InstantiationException, OverrideParseException
+from hydra.utils import get_object
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -69,11 +71,13 @@ def instantiate(config: DictConfig, *args: object, **kwargs: object) -> Any:
 
     Raises:
         ValueError: if there is no `_target_`, if it cannot be found, or if its constructor does not take one of the
-            arguments or refuses a value; the message names the config key. A constructor's other errors pass unchanged.
+            arguments (also one that is called later, `_partial_`) or refuses a value; the message names the config key.
+            A constructor's other errors pass unchanged.
     """
     where = config._get_full_key(None) or "the config"
     if "_target_" not in config:
         raise ValueError(f"{where} has no _target_, so it describes no object; its keys are {sorted(map(str, config))}")
+    _check_partials(config)
     try:
         return hydra_instantiate(config, *args, _convert_="all", **kwargs)
     except InstantiationException as error:
@@ -154,6 +158,19 @@ def _dotted_keys(tree: object, prefix: str = "") -> Iterator[str]:
     for key, value in tree.items() if isinstance(tree, dict) else ():
         yield f"{prefix}{key}"
         yield from _dotted_keys(value, f"{prefix}{key}.")
+
+
+def _check_partials(config: DictConfig) -> None:
+    """Refuse arguments that a `_partial_` target does not take: Python would notice when it is called, after hours."""
+    if config.get("_partial_"):
+        settings = {str(name): None for name in config if not str(name).startswith("_")}
+        try:
+            inspect.signature(get_object(config._target_)).bind_partial(**settings)
+        except TypeError as error:
+            raise ValueError(f"{config._get_full_key(None)}: {config._target_} {error}") from error
+    for name in config:
+        if not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
+            _check_partials(config[name])
 
 
 def _nearest(key: str, known: set[str]) -> str:

@@ -8,7 +8,7 @@ in a fraction of the steps; tuning a pretrained one is AdamW's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class MuonAdamW(Optimizer):
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         lr: float,
         momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Sequence[float] = (0.9, 0.999),
         weight_decay: float = 0.0,
     ) -> None:
         matrices: list[tuple[str, nn.Parameter]] = []
