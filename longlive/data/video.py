@@ -373,7 +373,7 @@ def open_video(source: bytes | str | Path, decoder: str = "pyav") -> VideoReader
 
 
 def write_mp4(target: str | Path | io.BufferedIOBase, frames: Frames, fps: float | int, *, quality: int = 18) -> None:
-    """Write H.264 in mp4. The same frames give the same bytes (one encoder thread); a path is complete or absent.
+    """Write H.264 in mp4. The same frames give the same bytes; a path is complete or absent.
 
     Args:
         target: a path, or a binary file that can seek.
@@ -403,7 +403,8 @@ def _encode_mp4(file: io.BufferedIOBase, frames: Frames, fps: float | int, quali
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = height, width
         stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
-        stream.options = {"crf": str(quality)}
+        # By default, x264's fastest routines give other bytes from time to time, even in one process.
+        stream.options = {"crf": str(quality), "x264-params": "cpu-independent=1"}
         stream.codec_context.thread_count = 1
         for pixels in frames.permute(0, 2, 3, 1).contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
