@@ -94,14 +94,13 @@ def _quieten() -> None:
 
 
 def _checkpoint_to_resume(resume: str | bool, directory: Path) -> Path | None:
+    newest = newest_checkpoint(directory / "checkpoints")
     if resume == "auto":
-        return newest_checkpoint(directory / "checkpoints")
-    if resume == "never":
-        found = newest_checkpoint(directory / "checkpoints")
-        if found is not None:
-            raise ValueError(
-                f"resume=never, but {found} exists: nothing already written is overwritten. "
-                "Use another directory=..., or resume=auto"
-            )
-        return None
-    return find_checkpoint(str(resume))
+        return newest
+    found = None if resume == "never" else find_checkpoint(str(resume))
+    if newest is not None and (found is None or not newest.samefile(found)):
+        raise ValueError(
+            f"resume={resume}, but {newest} exists: nothing already written is overwritten. "
+            "Use another directory=..., or resume=auto"
+        )
+    return found

@@ -259,6 +259,16 @@ def test_a_run_resumes_from_the_checkpoint_that_is_named(whole, shards, tmp_path
     assert sorted(curves(tmp_path / "run")["train/loss"]) == [8, 11]
 
 
+def test_going_back_inside_a_run_is_refused(whole, shards):
+    """The checkpoints of both futures would lie in one directory, and the next start would take those of the old."""
+    before = files(whole)
+    with pytest.raises(ValueError, match=r"step-0000008\.ckpt, but .*step-0000012\.ckpt exists: .* another directory="):
+        run(whole, shards, f"resume={whole / 'checkpoints' / 'step-0000008.ckpt'}", "optimizer.lr=0.1")
+    assert files(whole) == before
+    newest = whole / "checkpoints" / "step-0000012.ckpt"
+    assert run(whole, shards, LOGGED_EVERY, f"resume={newest}").global_step == STEPS
+
+
 def test_never_resuming_refuses_to_overwrite_a_run(whole, shards, tmp_path):
     before = files(whole)
     with pytest.raises(ValueError, match=r"resume=never, but .*step-0000012.ckpt exists: nothing .* is overwritten"):
