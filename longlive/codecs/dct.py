@@ -16,6 +16,7 @@ stay far below the noise and are never learned.
 import math
 
 import torch
+import torch.nn.functional as F
 
 from longlive.codecs.base import StreamDecoder, VideoCodec
 from longlive.typing import Float, Latents, Tensor, Video
@@ -74,29 +75,32 @@ class DCTCodec(VideoCodec):
     latent_channels = len(CHANNELS)
     halo_frames = 0
 
-    basis: Tensor
+    filters: Tensor
+    mixing: Tensor
     mean: Tensor
     std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         colour, temporal, spatial = colour_matrix(), dct_matrix(GROUP), dct_matrix(BLOCK)
-        basis = torch.stack(
-            [torch.einsum("t,a,y,x->tayx", temporal[k], colour[a], spatial[u], spatial[v]) for a, k, u, v in CHANNELS]
-        )
-        # One row per channel over a group's pixels (raw frame, colour, y, x): encoding is one matrix product.
-        self.register_buffer("basis", basis.flatten(1).float(), persistent=False)
-        self.register_buffer("mean", torch.tensor(MEAN), persistent=False)
-        self.register_buffer("std", torch.tensor(STD), persistent=False)
+        # Colour and space are one strided convolution per raw frame, time is a small mixing of its outputs.
+        planes = list(dict.fromkeys((a, u, v) for a, _, u, v in CHANNELS))
+        filters = torch.stack([torch.einsum("a,y,x->ayx", colour[a], spatial[u], spatial[v]) for a, u, v in planes])
+        mixing = torch.zeros(len(CHANNELS), len(planes), GROUP, dtype=torch.float64)
+        for channel, (a, k, u, v) in enumerate(CHANNELS):
+            mixing[channel, planes.index((a, u, v))] = temporal[k]
+        self.register_buffer("filters", filters.float(), persistent=False)
+        self.register_buffer("mixing", mixing.float(), persistent=False)
+        self.register_buffer("mean", torch.tensor(MEAN).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(-1, 1, 1), persistent=False)
 
     def encode(self, video: Video) -> Latents:
         self.check_video(video)
         groups = torch.cat([video[:, :1].expand(-1, GROUP - 1, -1, -1, -1), video], dim=1)
-        batch, raw, _, height, width = groups.shape
-        blocks = groups.reshape(batch, raw // GROUP, GROUP, 3, height // BLOCK, BLOCK, width // BLOCK, BLOCK)
-        blocks = blocks.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4)
-        latents = (blocks @ self.basis.T.to(video.dtype) - self.mean.to(video.dtype)) / self.std.to(video.dtype)
-        return latents.permute(0, 1, 4, 2, 3).contiguous()
+        planes = F.conv2d(groups.flatten(0, 1), self.filters.to(video.dtype), stride=BLOCK)
+        planes = planes.unflatten(0, (len(video), -1, GROUP))
+        latents = torch.einsum("bftphw,cpt->bfchw", planes, self.mixing.to(video.dtype))
+        return ((latents - self.mean.to(video.dtype)) / self.std.to(video.dtype)).contiguous()
 
     def decode(self, latents: Latents) -> Video:
         return self._decode_groups(latents)[:, GROUP - 1 :].clamp(-1, 1)
@@ -106,11 +110,10 @@ class DCTCodec(VideoCodec):
 
     def _decode_groups(self, latents: Latents) -> Video:
         """All `4 f` raw frames of the groups; of a video's first group, the last one is the lone first frame."""
-        batch, frames, _, rows, columns = latents.shape
-        values = latents.permute(0, 1, 3, 4, 2) * self.std.to(latents.dtype) + self.mean.to(latents.dtype)
-        blocks = (values @ self.basis.to(latents.dtype)).unflatten(-1, (GROUP, 3, BLOCK, BLOCK))
-        blocks = blocks.permute(0, 1, 4, 5, 2, 6, 3, 7)
-        return blocks.reshape(batch, frames * GROUP, 3, rows * BLOCK, columns * BLOCK)
+        values = latents * self.std.to(latents.dtype) + self.mean.to(latents.dtype)
+        planes = torch.einsum("bfchw,cpt->bftphw", values, self.mixing.to(latents.dtype))
+        frames = F.conv_transpose2d(planes.flatten(0, 2), self.filters.to(latents.dtype), stride=BLOCK)
+        return frames.unflatten(0, (len(latents), -1))
 
 
 class _DCTStreamDecoder(StreamDecoder):

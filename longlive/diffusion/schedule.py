@@ -10,7 +10,8 @@ rollout grid of n steps, so a model never meets a noise level in rollout that li
 
 The training loss is weighted by `w(t) = exp(-2 ((t - 500) / 1000)^2)`, minus its minimum over the grid, scaled so that
 the grid's mean is 1: the two ends, nearly free of information, count little, and the mean loss keeps its scale
-(LongLive-2.0's public training code).
+(LongLive-2.0's public training code). `uniform` weights are 1: where most of a token is redundant, as in the toy
+world, the layout is decided near pure noise, and that end must be learned well.
 
 Computed in float64, kept in float32.
 """
@@ -32,24 +33,28 @@ class FlowSchedule:
         loss_weights: `w(t)` of the module docstring, float32 `[N]`, mean 1.
     """
 
-    def __init__(self, num_steps: int = 1000, shift: float = 5.0) -> None:
+    def __init__(self, num_steps: int = 1000, shift: float = 5.0, weighting: str = "bell") -> None:
         """
         Args:
             num_steps: grid points N.
             shift: s; 1 leaves the grid uniform in sigma.
+            weighting: `"bell"` or `"uniform"`, of the training loss.
 
         Raises:
-            ValueError: if there is less than two grid points (one has no mean-1 weight) or the shift is not positive.
+            ValueError: if there is less than two grid points (one has no mean-1 weight), the shift is not positive or
+                the weighting is unknown.
         """
         if num_steps < 2:
             raise ValueError(f"num_steps={num_steps}: a training grid needs at least 2 points; use e.g. 1000")
         if not shift > 0:
             raise ValueError(f"shift={shift} is not positive; use 1 for a uniform grid, 5 as Wan2.2 does")
+        if weighting not in ("bell", "uniform"):
+            raise ValueError(f"weighting={weighting!r} is unknown; use bell or uniform")
         self.num_steps = num_steps
         self.shift = shift
         sigmas = self._shifted(num_steps)
         weights = torch.exp(-2 * ((TIMESTEP_SCALE * sigmas - 500) / 1000) ** 2)
-        weights = weights - weights.min()
+        weights = weights - weights.min() if weighting == "bell" else torch.ones_like(weights)
         self.sigmas: Float[Tensor, " grid"] = sigmas.float()
         self.timesteps: Float[Tensor, " grid"] = (TIMESTEP_SCALE * sigmas).float()
         self.loss_weights: Float[Tensor, " grid"] = (weights / weights.mean()).float()

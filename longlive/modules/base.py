@@ -38,7 +38,7 @@ LearningRateFactory = Callable[[Optimizer], LRScheduler]
 
 def to_unit_range(raw_frames: RawFrames) -> Video:
     """uint8 pixels to [-1, 1], float32."""
-    return raw_frames.float() / 127.5 - 1
+    return raw_frames.float().mul_(1 / 127.5).sub_(1)
 
 
 class LongLiveModule(LightningModule):
@@ -170,7 +170,9 @@ class LongLiveModule(LightningModule):
         if batch.latents is not None:
             return batch.latents.float()
         assert batch.raw_frames is not None
-        return self.codec.encode(to_unit_range(batch.raw_frames)).float()
+        # Latents are data: the precision of the network's products is not theirs.
+        with torch.autocast(self.device.type, enabled=False):
+            return self.codec.encode(to_unit_range(batch.raw_frames)).float()
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[Sequence[str]]) -> tuple[PromptEmbeds, Int[Tensor, "b p"]]:

@@ -3,8 +3,8 @@
 import torch
 
 PRECISIONS = ("32-true", "bf16-mixed")
-"""float32; or bfloat16 matrix products over float32 weights, gradients and optimizer. Weights that are bfloat16 themselves
-lose updates below 1/256 of their size, so there is no `bf16-true`."""
+"""float32; or bfloat16 matrix products over float32 weights, gradients and optimizer. Weights that are bfloat16
+themselves lose updates below 1/256 of their size, so there is no `bf16-true`."""
 
 
 def choose_precision(precision: str) -> str:

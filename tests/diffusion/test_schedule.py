@@ -63,3 +63,12 @@ def test_a_grid_that_cannot_be_made_is_refused(num_steps: int, shift: float) -> 
 def test_a_rollout_without_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="num_steps=0"):
         FlowSchedule().rollout_sigmas(0)
+
+
+def test_uniform_weights_are_one_and_leave_the_noise_levels_alone():
+    bell, uniform = FlowSchedule(shift=3.0), FlowSchedule(shift=3.0, weighting="uniform")
+    assert torch.equal(uniform.loss_weights, torch.ones(1000))
+    assert torch.equal(uniform.sigmas, bell.sigmas)
+    assert not torch.equal(uniform.loss_weights, bell.loss_weights)
+    with pytest.raises(ValueError, match="weighting='none' is unknown; use bell or uniform"):
+        FlowSchedule(weighting="none")
