@@ -45,8 +45,8 @@ DIRECTIONS: dict[str, tuple[int, int]] = {"right": (1, 0), "left": (-1, 0), "dow
 SPEEDS: dict[str, float] = {"slowly": 1.0, "quickly": 2.0}
 """Pixels per raw frame."""
 
-CELL = 16
-"""A shape starts in the middle of one of 4 x 4 cells of this size: the only choice that a caption leaves open."""
+CELL = 32
+"""A shape starts in the middle of one of 2 x 2 cells of this size: the only choice that a caption leaves open."""
 
 WORDINGS = (
     "a {colour} {shape} moves {speed} {direction} over a {ground} ground",

@@ -2,7 +2,7 @@
 
 Muon (Jordan et al. 2024; torch.optim.Muon) replaces a matrix's momentum by the nearest orthogonal matrix, so that
 every direction moves by the same amount; it is defined for matrices only. With `match_rms_adamw` (Moonshot AI, arXiv
-2502.16982) its step has the size of AdamW's, so both take one learning rate. A small network from scratch gets there
+2502.16982) its step has the size of AdamW's; it bears a larger learning rate all the same. A small network from scratch gets there
 in a fraction of the steps; tuning a pretrained one is AdamW's business.
 """
 
@@ -21,7 +21,8 @@ class MuonAdamW(Optimizer):
 
     Args:
         named_parameters: as of `nn.Module.named_parameters`. Two-dimensional ones inside `blocks` go to Muon.
-        lr: learning rate of both.
+        lr: Muon's learning rate.
+        adamw_lr: AdamW's. A learning-rate schedule scales both.
         momentum: Muon's.
         betas: AdamW's.
         weight_decay: of both, decoupled.
@@ -34,6 +35,7 @@ class MuonAdamW(Optimizer):
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         lr: float,
+        adamw_lr: float,
         momentum: float = 0.95,
         betas: Sequence[float] = (0.9, 0.999),
         weight_decay: float = 0.0,
@@ -49,7 +51,7 @@ class MuonAdamW(Optimizer):
             )
         self.parts: tuple[Optimizer, ...] = (
             Muon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            AdamW(others, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay),
+            AdamW(others, lr=adamw_lr, betas=(betas[0], betas[1]), weight_decay=weight_decay),
         )
         super().__init__([*matrices, *others], {"lr": lr})
         self._share()
