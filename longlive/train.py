@@ -35,9 +35,9 @@ def train(config: DictConfig) -> Trainer:
     _quieten()
     directory = Path(config.directory)
     checkpoint = _checkpoint_to_resume(config.resume, directory)
+    datamodule = instantiate(config.data)
     module: LongLiveModule = instantiate(config.module)
     module.run_config = to_plain(config)
-    datamodule = instantiate(config.data)
     trainer = make_trainer(config)
     if config.initialise_from is not None and checkpoint is None:
         initialise(module, config.initialise_from)

@@ -124,7 +124,7 @@ def test_the_record_says_how_the_videos_were_made(made, trained):
     assert (settings["step"], settings["seed"], settings["precision"]) == (12, 0, "32-true")
     assert (settings["num_frames"], settings["height"], settings["width"], settings["fps"]) == (8, 32, 32, 24.0)
     assert settings["prompts"] == list(PROMPTS)
-    expected = {"chunk_frames": 4, "num_steps": 2, "solver": "unipc", "guidance_scale": 3.0, "window": 12}
+    expected = {"chunk_frames": 4, "num_steps": 2, "solver": "unipc", "guidance_scale": 3.0, "window": 8}
     assert expected.items() <= settings["rollout"].items()
     assert record["torch"] == torch.__version__
     assert record["device"] == generation.device_name()

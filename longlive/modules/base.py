@@ -38,7 +38,7 @@ LearningRateFactory = Callable[[Optimizer], LRScheduler]
 
 def to_unit_range(raw_frames: RawFrames) -> Video:
     """uint8 pixels to [-1, 1], float32."""
-    return raw_frames.float().mul_(1 / 127.5).sub_(1)
+    return raw_frames.float().div_(127.5).sub_(1)
 
 
 class LongLiveModule(LightningModule):

@@ -2,8 +2,8 @@
 
 Muon (Jordan et al. 2024; torch.optim.Muon) replaces a matrix's momentum by the nearest orthogonal matrix, so that
 every direction moves by the same amount; it is defined for matrices only. With `match_rms_adamw` (Moonshot AI, arXiv
-2502.16982) its step has the size of AdamW's; it bears a larger learning rate all the same. A small network from scratch gets there
-in a fraction of the steps; tuning a pretrained one is AdamW's business.
+2502.16982) its step has the size of AdamW's; it bears a larger learning rate all the same. A small network from
+scratch gets there in a fraction of the steps; tuning a pretrained one is AdamW's business.
 """
 
 from __future__ import annotations

@@ -209,8 +209,8 @@ def test_every_attribute_occurs_evenly_and_independently() -> None:
         assert chi_square < degrees + 4 * math.sqrt(2 * degrees), (first, second, pairs)
     for axis in ("x", "y"):
         places = Counter(getattr(scene, axis) for scene in scenes)
-        assert sorted(places) == [7.5, 23.5, 39.5, 55.5], "the middles of the cells"
-        assert sum((count - 150) ** 2 / 150 for count in places.values()) < critical[4]
+        assert sorted(places) == [15.5, 47.5], "the middles of the cells"
+        assert sum((count - 300) ** 2 / 300 for count in places.values()) < critical[2]
 
 
 def test_wordings_occur_evenly() -> None:

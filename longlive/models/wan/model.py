@@ -24,7 +24,6 @@ from longlive.models.wan.config import WanConfig
 from longlive.models.wan.rope import rotation
 from longlive.typing import Float, Int, Latents, PromptEmbeds, Tensor
 
-
 GATE_ROWS = (2, 5)
 """The gates of self-attention and feed-forward among the six rows of a block's modulation."""
 GATE = 0.5
@@ -97,10 +96,10 @@ class CausalWan(nn.Module):
     def init_weights(self, seed: int = 0) -> None:
         """Wan's initialisation, carried over to any width, with gates that start half open.
 
-        Xavier for linear layers and zero for the head, as Wan has it. Its standard deviation of 0.02 for the embeddings of
-        text and time is `1 / sqrt(inputs)` at Wan's widths (0.016 to 0.018), and is written so here: at a width of 64 the
-        constant would leave prompts and timesteps all but unheard. Gates near zero, as Wan has them, cost a small network
-        a third of its steps; `GATE` opens them.
+        Xavier for linear layers and zero for the head, as Wan has it. Its standard deviation of 0.02 for the
+        embeddings of text and time is `1 / sqrt(inputs)` at Wan's widths (0.016 to 0.018), and is written so here: at
+        a width of 64 the constant would leave prompts and timesteps all but unheard. Wan's
+        gates start near zero; a small network from scratch learns faster with `GATE`.
 
         Every tensor draws from its own generator on the CPU, so its values depend on the seed and its name alone.
         """

@@ -194,7 +194,7 @@ def test_two_sequences_in_one_batch_do_not_mix():
         torch.testing.assert_close(both[sample : sample + 1], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_initial_weights_are_wans_and_a_function_of_the_seed():
+def test_initial_weights_have_their_scales_and_are_a_function_of_the_seed():
     with torch.device("meta"):
         model = CausalWan(CONFIG)
     model.to_empty(device="cpu")
@@ -203,7 +203,10 @@ def test_initial_weights_are_wans_and_a_function_of_the_seed():
     assert first["head.head.weight"].abs().max() == 0
     assert first["text_embedding.0.weight"].std() == pytest.approx(model.config.text_dim**-0.5, rel=0.1)
     assert first["blocks.1.norm3.weight"].unique().tolist() == [1.0]
-    assert first["blocks.1.modulation"].std() == pytest.approx(48**-0.5, rel=0.2)
+    shift_and_scale = first["blocks.1.modulation"][0, [0, 1, 3, 4]]
+    assert shift_and_scale.std() == pytest.approx(48**-0.5, rel=0.2)
+    assert shift_and_scale.mean() == pytest.approx(0, abs=0.05)
+    assert first["blocks.1.modulation"][0, [2, 5]].mean() == pytest.approx(0.5, abs=0.07), "gates start half open"
     bound = (6 / (48 + 80)) ** 0.5
     assert 0.9 * bound < first["blocks.0.ffn.0.weight"].abs().max() <= bound
     assert not torch.equal(first["blocks.0.self_attn.q.weight"], first["blocks.1.self_attn.q.weight"])
