@@ -45,8 +45,10 @@ DIRECTIONS: dict[str, tuple[int, int]] = {"right": (1, 0), "left": (-1, 0), "dow
 SPEEDS: dict[str, float] = {"slowly": 1.0, "quickly": 2.0}
 """Pixels per raw frame."""
 
-CELL = 32
-"""A shape starts in the middle of one of 2 x 2 cells of this size: the only choice that a caption leaves open."""
+CELL, STRIDE = 32, 4
+"""Where a shape starts is the only choice that a caption leaves open: across its motion in the middle of one of two
+cells of 32 pixels, along it at any multiple of 4 pixels, so that every stretch of a clip starts where another clip
+does."""
 
 WORDINGS = (
     "a {colour} {shape} moves {speed} {direction} over a {ground} ground",
@@ -149,14 +151,18 @@ def random_scene(seed: int, sample: int, shot: int = 0) -> Scene:
     def draw(purpose: str, high: int) -> int:
         return rng.integer(high, seed, f"toyworld_{purpose}", sample=sample, chunk=shot)
 
+    along = STRIDE * draw("along", SIZE // STRIDE) - 0.5
+    across = (draw("across", SIZE // CELL) + 0.5) * CELL - 0.5
+    direction = list(DIRECTIONS)[draw("direction", len(DIRECTIONS))]
+    is_horizontal = DIRECTIONS[direction][0] != 0
     return Scene(
         colour=list(COLOURS)[draw("colour", len(COLOURS))],
         shape=SHAPES[draw("shape", len(SHAPES))],
-        direction=list(DIRECTIONS)[draw("direction", len(DIRECTIONS))],
+        direction=direction,
         ground=list(GROUNDS)[draw("ground", len(GROUNDS))],
         speed=list(SPEEDS)[draw("speed", len(SPEEDS))],
-        x=(draw("x", SIZE // CELL) + 0.5) * CELL - 0.5,
-        y=(draw("y", SIZE // CELL) + 0.5) * CELL - 0.5,
+        x=along if is_horizontal else across,
+        y=across if is_horizontal else along,
     )
 
 

@@ -207,10 +207,13 @@ def test_every_attribute_occurs_evenly_and_independently() -> None:
         )
         degrees = len(tables[first]) * len(tables[second]) - 1
         assert chi_square < degrees + 4 * math.sqrt(2 * degrees), (first, second, pairs)
-    for axis in ("x", "y"):
-        places = Counter(getattr(scene, axis) for scene in scenes)
-        assert sorted(places) == [15.5, 47.5], "the middles of the cells"
-        assert sum((count - 300) ** 2 / 300 for count in places.values()) < critical[2]
+    horizontal = [scene.direction in ("left", "right") for scene in scenes]
+    along = Counter(scene.x if is_x else scene.y for scene, is_x in zip(scenes, horizontal, strict=True))
+    across = Counter(scene.y if is_x else scene.x for scene, is_x in zip(scenes, horizontal, strict=True))
+    assert sorted(across) == [15.5, 47.5], "the middles of the cells"
+    assert sum((count - 300) ** 2 / 300 for count in across.values()) < critical[2]
+    assert sorted(along) == [4 * step - 0.5 for step in range(16)]
+    assert sum((count - 37.5) ** 2 / 37.5 for count in along.values()) < 37.7, "15 degrees of freedom"
 
 
 def test_wordings_occur_evenly() -> None:
