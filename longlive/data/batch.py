@@ -36,13 +36,17 @@ class BatchSpec:
 class VideoBatch:
     """A batch of clips: exactly one of `latents` and `raw_frames` is given.
 
+    Under sequence parallelism, the ranks of a group hold parts of the same clips. Prompts, shots and padding are small
+    and always those of the whole clip; latents or raw frames are this rank's part, from `frame_offset` on.
+
     Attributes:
-        latents: pre-encoded `[b f c h w]`.
-        raw_frames: uint8 `[b t 3 H W]`, this rank's part of the clip.
-        prompts: `prompts[sample][chunk]`.
-        shot_index: shot of every chunk, `[b chunk]`, counted from 0 in each sample.
-        num_valid_frames: frames before padding, `[b]`; later frames carry no loss.
-        sample_ids: global ids, int64 `[b]`: they name the random draws of a sample.
+        latents: pre-encoded `[b f c h w]`, the frames that this rank owns.
+        raw_frames: uint8 `[b t 3 H W]`, what this rank needs to encode the frames that it owns.
+        prompts: `prompts[sample][chunk]`, of the whole clip.
+        shot_index: shot of every chunk of the whole clip, `[b chunk]`, counted from 0 in each sample.
+        num_valid_frames: frames of the whole clip before padding, `[b]`; later frames carry no loss.
+        sample_ids: global ids, int64 `[b]`: they name the random draws of a sample. Ranks of one sequence group hold
+            the same; where they do not, some of them could not read a sample and took the next one.
         frame_offset: the first frame of the clip that this rank owns.
     """
 

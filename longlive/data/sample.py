@@ -1,8 +1,11 @@
 """One sample: the members of a tar become raw frames, prompts and shots of the size that training asks for.
 
-Time first: the source's frames are resampled to the config's rate by their time stamps, a window of the clip's length
-is chosen (by `rng` from the sample and the epoch), and only those frames are decoded. A clip that is too short repeats
-its last frame, and says how many frames are real. Then space: the centre is cut to the wanted aspect ratio and scaled.
+Time first: the source's frames are resampled to the config's rate by their time stamps, a run of the clip's length is
+chosen (by `rng` from the sample and the epoch), and only those frames are decoded. A clip that is too short repeats its
+last frame, and says how many frames are real. Then space: the centre is cut to the wanted aspect ratio and scaled.
+
+Under sequence parallelism a rank wants a `ClipWindow` of the clip: it decodes and returns only those raw frames. The
+choice of the clip, its prompts, shots and padding do not depend on the window, so all sequence ranks agree on them.
 """
 
 from __future__ import annotations
@@ -28,6 +31,26 @@ class UnreadableSampleError(Exception):
 
 
 @dataclass(frozen=True)
+class ClipWindow:
+    """The part of every clip that a sequence rank reads.
+
+    Attributes:
+        start, stop: raw frames `start .. stop - 1` of the clip are read.
+        frame_offset: the first frame whose latent the rank owns. The window may begin before its raw frames: a halo.
+    """
+
+    start: int
+    stop: int
+    frame_offset: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"a window of raw frames {self.start} .. {self.stop - 1} is empty; use 0 <= start < stop")
+        if self.frame_offset < 0:
+            raise ValueError(f"frame_offset={self.frame_offset} must be at least 0")
+
+
+@dataclass(frozen=True)
 class ClipSpec:
     """The clip that training asks for.
 
@@ -38,6 +61,7 @@ class ClipSpec:
         fps: raw frames per second.
         temporal_ratio: the codec's.
         decoder: as `open_video`'s.
+        window: the part that is read here; None: the whole clip.
     """
 
     num_frames: int
@@ -47,6 +71,7 @@ class ClipSpec:
     fps: float | int
     temporal_ratio: int = 4
     decoder: str = "pyav"
+    window: ClipWindow | None = None
 
     def __post_init__(self) -> None:
         check_decoder(self.decoder)
@@ -60,31 +85,42 @@ class ClipSpec:
                 f"num_frames={self.num_frames} is no multiple of chunk_frames={self.chunk_frames}; "
                 f"use {f'{lower} or ' if lower else ''}{lower + self.chunk_frames}"
             )
+        if self.window is not None and (
+            self.window.stop > self.num_raw_frames or self.window.frame_offset >= self.num_frames
+        ):
+            raise ValueError(
+                f"{self.window} reaches beyond the clip's {self.num_raw_frames} raw frames or {self.num_frames} "
+                "frames; use a window inside the clip"
+            )
 
     @property
     def num_raw_frames(self) -> int:
+        """Of the whole clip."""
         return 1 + self.temporal_ratio * (self.num_frames - 1)
 
 
 @dataclass(frozen=True)
 class VideoSample:
-    """One sample of a batch; the fields are `VideoBatch`'s, without the batch dim."""
+    """One sample of a batch; the fields are `VideoBatch`'s, without the batch dim. Only `raw_frames` may be a part."""
 
     raw_frames: UInt8[Tensor, "t 3 H W"]
     prompts: tuple[str, ...]
     shot_index: tuple[int, ...]
     num_valid_frames: int
     sample_id: int
+    frame_offset: int = 0
 
 
 def collate(samples: Sequence[VideoSample]) -> VideoBatch:
-    """Samples of one size to a batch."""
+    """Samples of one size and window to a batch."""
+    (frame_offset,) = {sample.frame_offset for sample in samples}
     return VideoBatch(
         raw_frames=torch.stack([sample.raw_frames for sample in samples]),
         prompts=tuple(sample.prompts for sample in samples),
         shot_index=torch.tensor([sample.shot_index for sample in samples], dtype=torch.int64),
         num_valid_frames=torch.tensor([sample.num_valid_frames for sample in samples], dtype=torch.int64),
         sample_ids=torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64),
+        frame_offset=frame_offset,
     )
 
 
@@ -138,12 +174,12 @@ def centre_crop_and_resize(
 def decode_sample(
     members: Mapping[str, bytes], spec: ClipSpec, *, seed: int, epoch: int, sample_id: int
 ) -> VideoSample:
-    """Decode one sample.
+    """Decode one sample, or the window of it that `spec` wants.
 
     Args:
         members: content by suffix: a video and `"json"`.
         spec: the clip that is wanted.
-        seed, epoch, sample_id: name the choice of the window.
+        seed, epoch, sample_id: name the choice of the clip in a longer video.
 
     Raises:
         UnreadableSampleError: if a member is missing or broken, the video does not decode, or the json describes
@@ -164,7 +200,9 @@ def decode_sample(
             at_rate = resample(video.index.timestamps, video.fps, spec.fps)
             positions = crop_in_time(len(at_rate), spec.num_raw_frames, seed, epoch, sample_id)
             indices = [int(at_rate[position]) for position in positions]
-            frames = centre_crop_and_resize(video.read(indices), spec.height, spec.width, video.index.pixel_aspect)
+            window = spec.window or ClipWindow(0, spec.num_raw_frames, frame_offset=0)
+            wanted = indices[window.start : window.stop]
+            frames = centre_crop_and_resize(video.read(wanted), spec.height, spec.width, video.index.pixel_aspect)
     except (ValueError, KeyError, TypeError, UnreadableVideoError) as error:
         raise UnreadableSampleError(f"{type(error).__name__}: {error}") from error
     prompts, shot_index = shots_of_chunks(shots, indices, spec.chunk_frames, spec.temporal_ratio)
@@ -175,4 +213,5 @@ def decode_sample(
         shot_index=shot_index,
         num_valid_frames=1 + (num_valid_raw_frames - 1) // spec.temporal_ratio,
         sample_id=sample_id,
+        frame_offset=window.frame_offset,
     )
