@@ -29,7 +29,8 @@ from longlive.callbacks.sample_video import slug
 from longlive.codecs.base import num_raw_frames
 from longlive.config import instantiate
 from longlive.data.atomic import write_aside
-from longlive.data.video import open_video, write_mp4
+from longlive.data.video import open_video
+from longlive.data.video_writer import write_mp4
 from longlive.modules.base import LongLiveModule, check_same_shapes, to_unit_range
 from longlive.parallel.checkpoint import find_checkpoint, load_checkpoint
 from longlive.precision.auto import choose_precision

@@ -22,7 +22,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from longlive.callbacks.ema import EMA
 from longlive.codecs.base import num_raw_frames
-from longlive.data.video import write_mp4
+from longlive.data.video_writer import write_mp4
 from longlive.modules.base import LongLiveModule, to_unit_range
 from longlive.rollout.video import generate_videos
 from longlive.typing import RawFrames, Tensor, UInt8

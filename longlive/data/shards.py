@@ -29,7 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from longlive.data.atomic import write_aside
 from longlive.data.shots import Shot, check_shots
 from longlive.data.sources import ClipSource, SourceClip, UnreadableClipError
-from longlive.data.video import VIDEO_SUFFIXES, UnreadableVideoError, open_video, write_mp4
+from longlive.data.video import VIDEO_SUFFIXES, UnreadableVideoError, open_video
+from longlive.data.video_writer import write_mp4
 
 logger = logging.getLogger(__name__)
 
