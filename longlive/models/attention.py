@@ -17,6 +17,7 @@ size of the whole sequence, and there would be one per rectangle.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
@@ -75,7 +76,7 @@ def dense_attention(
     return attended.to(query.dtype).transpose(1, 2)
 
 
-class TeacherForcingAttention:
+class TeacherForcingAttention(ABC):
     """What the three functions share: the description of the tokens, and the check that these tokens arrive.
 
     An instance is made for one batch. What is expensive to derive is cached by everything it depends on: segments, the
@@ -97,6 +98,14 @@ class TeacherForcingAttention:
         self.rule = rule
         self.num_tokens = [segment.num_tokens for segment in self.segments]
 
+    def __call__(self, query: Heads, key: Heads, value: Heads, rotation: Rotation, layer: int) -> Heads:
+        """See `SelfAttention`."""
+        return self.attend(rotation.rotate(query), rotation.rotate(key), value)
+
+    @abstractmethod
+    def attend(self, query: Heads, key: Heads, value: Heads) -> Heads:
+        """Attend with queries and keys that are rotated already; sequence parallelism calls this after its exchange."""
+
     def check(self, query: Heads) -> None:
         """Raise the `ValueError` for queries that were not described."""
         if query.shape[0] != len(self.shot_index) or query.shape[1] != sum(self.num_tokens):
@@ -115,9 +124,8 @@ class ChunkedAttention(TeacherForcingAttention):
         for sample, shots in enumerate(self.shot_index):
             self.samples_by_rectangles.setdefault(rectangles(self.segments, shots, rule), []).append(sample)
 
-    def __call__(self, query: Heads, key: Heads, value: Heads, rotation: Rotation, layer: int) -> Heads:
+    def attend(self, query: Heads, key: Heads, value: Heads) -> Heads:
         self.check(query)
-        query, key = rotation.rotate(query), rotation.rotate(key)
         if len(self.samples_by_rectangles) == 1:
             return self._attend(query, key, value, *self.samples_by_rectangles)
         # Samples whose shots make them see the same chunks go through the kernels together.
@@ -153,10 +161,10 @@ class MaskedAttention(TeacherForcingAttention):
         rows = self.shot_index if len(masks) > 1 else self.shot_index[:1]
         self.mask = torch.stack([masks[tuple(shots)] for shots in rows])[:, None]
 
-    def __call__(self, query: Heads, key: Heads, value: Heads, rotation: Rotation, layer: int) -> Heads:
+    def attend(self, query: Heads, key: Heads, value: Heads) -> Heads:
         self.check(query)
         self.mask = self.mask.to(query.device)
-        return dense_attention(rotation.rotate(query), rotation.rotate(key), value, self.mask)
+        return dense_attention(query, key, value, self.mask)
 
 
 class FlexAttention(TeacherForcingAttention):
@@ -180,10 +188,10 @@ class FlexAttention(TeacherForcingAttention):
         compile: bool = True,
     ) -> None:
         super().__init__(segments, shot_index, rule)
-        self.attend: Any = _compiled_flex_attention() if compile else flex_attention
+        self.kernel: Any = _compiled_flex_attention() if compile else flex_attention
         self.block_mask: BlockMask | None = None
 
-    def __call__(self, query: Heads, key: Heads, value: Heads, rotation: Rotation, layer: int) -> Heads:
+    def attend(self, query: Heads, key: Heads, value: Heads) -> Heads:
         self.check(query)
         needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
         if needs_gradient and query.device.type == "cpu":
@@ -194,11 +202,8 @@ class FlexAttention(TeacherForcingAttention):
         if self.block_mask is None or self.block_mask.kv_indices.device != query.device:
             visible = torch.stack([segment_mask(self.segments, shots, self.rule) for shots in self.shot_index])
             self.block_mask = block_mask(visible.to(query.device), segment_of_token(self.segments).to(query.device))
-        attended = self.attend(
-            rotation.rotate(query).transpose(1, 2),
-            rotation.rotate(key).transpose(1, 2),
-            value.transpose(1, 2),
-            block_mask=self.block_mask,
+        attended = self.kernel(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), block_mask=self.block_mask
         )
         return attended.transpose(1, 2)
 

@@ -1,0 +1,61 @@
+"""Differentiable communication inside a sequence group.
+
+Ulysses (arXiv 2309.14509) turns "all heads of my tokens" into "my heads of all tokens" and back. Both directions are
+one all-to-all; the gradient of the one is the other. Queries, keys and values travel together, because three small
+exchanges cost three latencies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+from longlive.typing import Float, Heads, Tensor
+
+
+def all_to_all(parts: Float[Tensor, "size *rest"], group: dist.ProcessGroup) -> Float[Tensor, "size *rest"]:
+    """Part j goes to rank j of the group; part j of the result came from rank j.
+
+    Raises:
+        ValueError: if there is not one part for every rank.
+    """
+    size = group.size()
+    if parts.shape[0] != size:
+        raise ValueError(f"{parts.shape[0]} parts cannot be dealt out to {size} ranks; give one part for every rank")
+    return _ContiguousGradient.apply(all_to_all_single_autograd(parts.contiguous(), None, None, group))
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity. Its gradient is contiguous, as the exchange of the gradient needs it."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
+def gather_sequence(
+    tensors: Sequence[Heads], group: dist.ProcessGroup
+) -> tuple[Float[Tensor, "b size*l n/size e"], ...]:
+    """All heads of this rank's tokens become this rank's share of the heads of all tokens, rank after rank.
+
+    Args:
+        tensors: of one shape, such as queries, keys and values; they travel in one exchange.
+        group: its ranks divide the heads.
+    """
+    by_head_share = [x.unflatten(2, (group.size(), -1)).permute(2, 0, 1, 3, 4) for x in tensors]
+    by_source = all_to_all(torch.stack(by_head_share, dim=1), group)
+    return tuple(x.transpose(0, 1).flatten(1, 2) for x in by_source.unbind(1))
+
+
+def scatter_sequence(attended: Float[Tensor, "b size*l n/size e"], group: dist.ProcessGroup) -> Heads:
+    """The way back: this rank's heads of all tokens become all heads of this rank's tokens."""
+    by_owner = attended.unflatten(1, (group.size(), -1)).transpose(0, 1)
+    by_head_share = all_to_all(by_owner, group)
+    return by_head_share.permute(1, 2, 0, 3, 4).flatten(2, 3)
