@@ -5,11 +5,20 @@ and the position in the data is one number: samples consumed, over all ranks. At
 batches that were trained on (`batch_progress`), not from those that the loader has prefetched. A resumed run therefore
 draws exactly the samples that the interrupted one would have drawn next, also with another number of workers or, for
 the indexed reader, of ranks. (StatefulDataLoader would save one rank's loader state, tied to its number of workers.)
+
+`global_batch_size` declares how many clips an optimizer step trains on, whatever the hardware: the number of batches
+whose gradients are accumulated follows from it, and a run that is resumed on another number of ranks trains on the same
+clips step by step. A checkpoint from the middle of an accumulation has lost that step's gradients, so its position is
+where the step began.
+
+Under sequence parallelism, peers read the same samples, each its own window of them (`ReadsWindows`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +28,13 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import DataLoader
 
 from longlive.data.indexed import IndexedShards
-from longlive.data.order import FinitePositionBatches, PositionBatches
+from longlive.data.order import FinitePositionBatches, PositionBatches, accumulation
 from longlive.data.reader import ShardReader
-from longlive.data.sample import ClipSpec, collate
+from longlive.data.sample import ClipSpec, ReadsWindows, collate
 from longlive.data.shards import is_local
 from longlive.data.streamed import StreamedShards
+
+log = logging.getLogger(__name__)
 
 Locations = str | Path | Sequence[str | Path] | None
 
@@ -38,6 +49,8 @@ class VideoDataModule(LightningDataModule):
         height, width: pixels.
         fps: raw frames per second of the clips; sources of any rate are resampled.
         batch_size: clips per data rank and batch.
+        global_batch_size: clips per optimizer step, over all data ranks and accumulated batches; sets the Trainer's
+            `accumulate_grad_batches`. None: the Trainer's setting stays as it is.
         num_workers: decoding processes of each loader; 0 decodes in the training process. Never changes the order.
         seed: of the order and of the temporal crops.
         reader: `"indexed"` (local directories), `"streamed"` (anything WebDataset can open), or `"auto"`.
@@ -60,6 +73,7 @@ class VideoDataModule(LightningDataModule):
         width: int,
         fps: float | int = 24.0,
         batch_size: int = 1,
+        global_batch_size: int | None = None,
         num_workers: int = 1,
         seed: int = 0,
         reader: str = "auto",
@@ -74,6 +88,9 @@ class VideoDataModule(LightningDataModule):
             raise ValueError(f"num_workers={num_workers} must be at least 0 (0: decode in the training process)")
         if reader not in ("auto", "indexed", "streamed"):
             raise ValueError(f"reader={reader!r} is unknown; use 'auto', 'indexed' or 'streamed'")
+        if global_batch_size is not None:
+            accumulation(global_batch_size, batch_size, data_size=1)
+        self.global_batch_size = global_batch_size
         self.batch_size, self.num_workers, self.seed, self.reader = batch_size, num_workers, seed, reader
         remote = [str(location) for location in (*_as_list(train), *_as_list(val)) if not is_local(location)]
         if reader == "indexed" and remote:
@@ -100,14 +117,22 @@ class VideoDataModule(LightningDataModule):
         return 0, 1
 
     def setup(self, stage: str) -> None:
-        """Open the indices."""
+        """Open the indices, and set the Trainer's accumulation.
+
+        Raises:
+            ValueError: if the ranks do not divide the global batch, the Trainer accumulates something else, or it would
+                replace the order.
+        """
+        if stage == "fit":
+            self._declare_global_batch()
+        spec = self.window_spec()
         names = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, ())
         for name in names:
-            if self.locations[name] and name not in self._datasets:
-                self._datasets[name] = self._open(name)
+            if self.locations[name] and (name not in self._datasets or self._datasets[name].spec != spec):
+                self._datasets[name] = self._open(name, spec)
         if (
             self.trainer is not None
-            and self.data_parallel()[1] > 1
+            and max(self.trainer.world_size, self.data_parallel()[1]) > 1
             and self.trainer._accelerator_connector.use_distributed_sampler
         ):
             raise ValueError(
@@ -115,14 +140,48 @@ class VideoDataModule(LightningDataModule):
                 "set use_distributed_sampler=False, the data module splits by data rank itself"
             )
 
-    def _open(self, name: str) -> ShardReader:
+    def window_spec(self) -> ClipSpec:
+        """The clip, with the window that this rank's module reads of it.
+
+        Raises:
+            ValueError: if the window reaches beyond the clip.
+        """
+        module: object = None if self.trainer is None else self.trainer.lightning_module
+        if not isinstance(module, ReadsWindows):
+            return self.spec
+        return replace(self.spec, window=module.clip_window(self.spec.num_frames))
+
+    def _declare_global_batch(self) -> None:
+        if self.trainer is None or self.global_batch_size is None:
+            return
+        data_size, module = self.data_parallel()[1], self.trainer.lightning_module
+        number = accumulation(self.global_batch_size, self.batch_size, data_size)
+        equation = (
+            f"global batch {self.global_batch_size} = {data_size} data rank{'s' if data_size > 1 else ''} "
+            f"x {self.batch_size} clip{'s' if self.batch_size > 1 else ''} x {number} accumulated"
+        )
+        if self.trainer.accumulate_grad_batches not in (1, number):
+            raise ValueError(
+                f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} contradicts the declared {equation}; "
+                "leave one of the two out: accumulate_grad_batches=1, or global_batch_size=null"
+            )
+        if number > 1 and not module.automatic_optimization:
+            raise ValueError(
+                f"{equation}, but {type(module).__name__} steps its optimizers by hand, where Lightning accumulates "
+                f"nothing; use global_batch_size={self.batch_size * data_size}, or another batch_size"
+            )
+        self.trainer.accumulate_grad_batches = number
+        if self.trainer.is_global_zero:
+            log.info(equation)
+
+    def _open(self, name: str, spec: ClipSpec) -> ShardReader:
         locations, shuffle = self.locations[name], name == "train"
         if self.reader == "indexed" or (self.reader == "auto" and all(map(is_local, locations))):
-            return IndexedShards(locations, self.spec, seed=self.seed, shuffle=shuffle)
+            return IndexedShards(locations, spec, seed=self.seed, shuffle=shuffle)
         data_rank, data_size = self.data_parallel()
         return StreamedShards(
             locations,
-            self.spec,
+            spec,
             seed=self.seed,
             shuffle=shuffle,
             batch_size=self.batch_size,
@@ -146,9 +205,40 @@ class VideoDataModule(LightningDataModule):
             return self._batches_at_start
         return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
 
+    def _num_pending_batches(self) -> int:
+        """Trained batches whose gradients still wait for their optimizer step."""
+        if self.trainer is None:
+            return 0
+        num_batches = int(self._epoch_batches.processed)
+        is_last = num_batches >= self.trainer.num_training_batches  # it steps with what there is
+        return 0 if is_last else num_batches % self.trainer.accumulate_grad_batches
+
+    @property
+    def _epoch_batches(self) -> Any:
+        """Lightning's count of batches in its epoch, from which it tells when to step."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current  # type: ignore[union-attr]
+
+    def _resume_at_a_whole_step(self) -> None:
+        """Count the epoch's batches as if all its steps had accumulated what they do now.
+
+        Lightning steps whenever its restored count is a multiple of `accumulate_grad_batches`. After a change of that
+        number, or from the middle of an accumulation, the first step would come too early.
+        """
+        if self.trainer is None or not self.trainer.lightning_module.automatic_optimization:
+            return
+        progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
+        num_batches = progress.optimizer.step.current.completed * self.trainer.accumulate_grad_batches
+        shift = num_batches - self._epoch_batches.processed
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(self._epoch_batches, name, getattr(self._epoch_batches, name) + shift)
+
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data. `num_batches` is Lightning's own count at that moment, which it restores too."""
-        return {"samples_consumed": self.samples_consumed, "num_batches": self._num_trained_batches()}
+        """The position in the data: samples of whole optimizer steps.
+
+        `num_batches` is Lightning's own count at that moment, which it restores too.
+        """
+        pending = self._num_pending_batches() * self.batch_size * self.data_parallel()[1]
+        return {"samples_consumed": self.samples_consumed - pending, "num_batches": self._num_trained_batches()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._samples_at_start = int(state_dict["samples_consumed"])
@@ -157,6 +247,7 @@ class VideoDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         if "train" not in self._datasets:
             raise ValueError("train is not given; name a directory of shards (`longlive shards` writes one)")
+        self._resume_at_a_whole_step()
         batches = PositionBatches(lambda: self.samples_consumed, self.batch_size, *self.data_parallel())
         return self._loader(self._datasets["train"], batches)
 

@@ -1,5 +1,7 @@
 """Who reads what, and when: pure functions of (seed, epoch, position, data rank, data size), and the batch samplers.
 
+An optimizer step trains on a *global batch*: data ranks x clips per rank x batches whose gradients are accumulated.
+
 A *position* counts samples over all ranks since the first step of a run. Data rank r of R reads the positions
 r, r + R, r + 2R, ... in batches of B, so step i consumes the positions `i B R .. (i + 1) B R - 1` whatever R is.
 
@@ -39,6 +41,25 @@ def num_lanes(num_shards: int, data_size: int) -> int:
 def lane_shards(num_shards: int, seed: int, epoch: int, lane: int, lanes: int) -> list[int]:
     """Shards of one lane, of all ranks' `lanes`, in one epoch: every `lanes`-th of a permutation of all shards."""
     return rng.permutation(num_shards, seed, "shard_order", step=epoch).tolist()[lane::lanes]
+
+
+def accumulation(global_batch_size: int, batch_size: int, data_size: int) -> int:
+    """Batches of `batch_size` clips that each of `data_size` data ranks accumulates to a global batch.
+
+    Raises:
+        ValueError: if they do not divide it; names the nearest values that they do.
+    """
+    per_batch = batch_size * data_size
+    if global_batch_size < 1 or global_batch_size % per_batch:
+        lower = global_batch_size // per_batch * per_batch
+        legal = f"{lower} or {lower + per_batch}" if lower > 0 else f"{per_batch}"
+        fitting = [size for size in range(1, batch_size) if global_batch_size % (size * data_size) == 0]
+        raise ValueError(
+            f"global_batch_size={global_batch_size} is no multiple of {per_batch} = batch_size={batch_size} x "
+            f"{data_size} data rank{'s' if data_size > 1 else ''}; use global_batch_size={legal}"
+            + (f", or batch_size={fitting[-1]}" if fitting and global_batch_size > 0 else "")
+        )
+    return global_batch_size // per_batch
 
 
 def place_in_lane(position: int, data_size: int, batch_size: int, lanes: int) -> tuple[int, int]:

@@ -2,6 +2,10 @@
 
 An unreadable sample is counted, logged once with its key, and replaced by the next readable one of the order (which
 still comes at its own place too), so the others stay where they are, on every rank.
+
+Sequence-parallel peers decode different windows of one sample. Whatever can be told without decoding (missing members,
+checksums, the video's own table) is looked at as a whole, so they agree. What is left, a video that was broken already
+when it was stored, may make one of them take another sample: `VideoBatch.sample_ids` then differ between peers.
 """
 
 from __future__ import annotations
@@ -115,5 +119,9 @@ class ShardReader(Dataset[VideoSample], ABC):
     def _decode(self, candidate: Candidate) -> VideoSample:
         if isinstance(candidate.members, UnreadableSampleError):
             raise candidate.members
+        stored = self.samples[candidate.sample_id].entry.members
+        for suffix, content in candidate.members.items():
+            if suffix in stored and not stored[suffix].holds(content):
+                raise UnreadableSampleError(f"its {suffix} is not what was written: the checksum differs")
         epoch = candidate.epoch if self.shuffle else 0
         return decode_sample(candidate.members, self.spec, seed=self.seed, epoch=epoch, sample_id=candidate.sample_id)

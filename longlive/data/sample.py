@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -48,6 +49,15 @@ class ClipWindow:
             raise ValueError(f"a window of raw frames {self.start} .. {self.stop - 1} is empty; use 0 <= start < stop")
         if self.frame_offset < 0:
             raise ValueError(f"frame_offset={self.frame_offset} must be at least 0")
+
+
+@runtime_checkable
+class ReadsWindows(Protocol):
+    """A module whose ranks read parts of a clip."""
+
+    def clip_window(self, num_frames: int) -> ClipWindow | None:
+        """What this rank reads of clips of `num_frames` frames; None: all of it."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """WebDataset shards: `shard-000000.tar`, ... of `<key>.mp4` + `<key>.json`, and one index, `shards.json`.
 
 The index says for every sample where its members lie in which shard, so a local reader needs no tar parser and a
-remote one knows every shard's length without opening it.
+remote one knows every shard's length without opening it. It also keeps their checksums. Damage then makes a sample
+unreadable for whoever reads any part of it: ranks that decode different windows of a clip agree on skipping it.
 
 Writing survives a kill at any moment. Shard `s` holds the clips `s n .. (s + 1) n - 1` of the source. It is written
 under a hidden name; when it is complete, the tar is renamed, then its part of the index becomes visible (`.parts/`). A
@@ -18,6 +19,7 @@ import json
 import logging
 import shutil
 import tarfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,10 +43,15 @@ _PARTS_NAME = ".parts"
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where the content of one file lies in its tar."""
+    """Where the content of one file lies in its tar, and its CRC-32 (None in sets written before there was one)."""
 
     offset: int
     num_bytes: int
+    crc32: int | None = None
+
+    def holds(self, content: bytes) -> bool:
+        """Whether content is what was written."""
+        return len(content) == self.num_bytes and self.crc32 in (None, zlib.crc32(content))
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,12 +260,14 @@ def _encode_clip(clip: SourceClip, quality: int) -> tuple[bytes, dict[str, Any]]
 
 
 def scan_tar(path: Path) -> dict[str, dict[str, Member]]:
-    """Where every member lies: key -> suffix -> place."""
+    """Where every member lies, and its checksum: key -> suffix -> place."""
     places: dict[str, dict[str, Member]] = {}
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             key, _, suffix = member.name.partition(".")
-            places.setdefault(key, {})[suffix] = Member(member.offset_data, member.size)
+            file = tar.extractfile(member)
+            assert file is not None  # a shard holds plain files
+            places.setdefault(key, {})[suffix] = Member(member.offset_data, member.size, zlib.crc32(file.read()))
     return places
 
 
