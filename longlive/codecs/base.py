@@ -5,7 +5,9 @@ Raw frame 0 becomes frame 0; frame f > 0 covers the raw frames `r (f-1) + 1 .. r
 """
 
 from abc import ABC, abstractmethod
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
 from longlive.typing import Latents, Video
@@ -47,7 +49,8 @@ class VideoCodec(nn.Module, ABC):
         temporal_ratio: raw frames per frame after the first.
         spatial_ratio: pixels per latent pixel, in each direction.
         latent_channels: channels of a latent.
-        halo_frames: extra frames of left context after which an encode of a window is exact (0: none needed).
+        halo_frames: extra frames of left context with which an encode of a window is as good as one of the whole
+            video (0: none needed): exact, or below the error of a measurement.
     """
 
     temporal_ratio: int
@@ -76,10 +79,60 @@ class VideoCodec(nn.Module, ABC):
     def check_video(self, video: Video) -> None:
         """Raise the `ValueError` of `encode` before any work."""
         num_frames(video.shape[1], self.temporal_ratio)
-        height, width = video.shape[-2:]
+        self.check_size(*video.shape[-2:])
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise a `ValueError` unless height and width, in pixels, are multiples of `spatial_ratio`."""
         ratio = self.spatial_ratio
         if height % ratio or width % ratio:
             raise ValueError(
                 f"height={height}, width={width} are no multiples of the codec's spatial_ratio={ratio}; "
                 f"use {max(height - height % ratio, ratio)}, {max(width - width % ratio, ratio)}"
             )
+
+
+@runtime_checkable
+class FeatureCache(Protocol):
+    """What an encoder's causal convolutions remember of the frames so far: an entry for each, `None` before frame 0.
+
+    A list will do. The encoder reads an entry (once or several times) and then writes it, entry after entry.
+    """
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def __setitem__(self, index: int, value: Any, /) -> None: ...
+
+
+class ResumableCodec(VideoCodec):
+    """A codec whose encoder has all its left context in a feature cache: an encode goes on where another one stopped."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype of the work inside, and of the feature cache."""
+
+    @abstractmethod
+    def feature_cache(self) -> list[Any]:
+        """A fresh cache: what is encoded with it first is raw frame 0."""
+
+    @abstractmethod
+    def encode_next(self, video: Video, cache: FeatureCache) -> Latents:
+        """Encode the next raw frames in one piece, reading and advancing `cache`.
+
+        Args:
+            video: raw frame 0 alone while the cache is fresh, else whole groups of `temporal_ratio`.
+            cache: of the raw frames before.
+
+        Raises:
+            ValueError: for another number of raw frames, or a size that `encode` refuses.
+        """
+
+    @abstractmethod
+    def feature_shapes(
+        self, batch_size: int, height: int, width: int, num_frames: int
+    ) -> tuple[tuple[int, ...] | None, ...]:
+        """Shapes of the feature cache's entries after `num_frames` frames of this size in pixels; None: never used."""
+
+    @abstractmethod
+    def encode_bytes(self, batch_size: int, num_raw_frames: int, height: int, width: int) -> int:
+        """Peak of the bytes that an `encode_next` of so many raw frames holds beyond weights and its input."""

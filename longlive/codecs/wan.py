@@ -7,7 +7,8 @@ the next.
 
 diffusers keeps the feature cache on the autoencoder itself, so two decodes in turn would overwrite each other. Here it
 is a value: `encode`, `decode` and every stream decoder hold their own and drive diffusers' encoder and decoder
-networks with it. Nothing else differs from `AutoencoderKLWan.encode` and `.decode`, except that raw frames which are
+networks with it. So an encode can also go on where another one stopped, on this process or on another
+(`encode_next`). Nothing else differs from `AutoencoderKLWan.encode` and `.decode`, except that raw frames which are
 not 1 + 4k are an error (diffusers drops the surplus silently), and that autocast does not reach inside: a latent must
 not depend on who asked for it.
 
@@ -26,9 +27,12 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, patchify, unpatchify
 from torch import nn
+from torch.func import functional_call
 
 from longlive import rng
-from longlive.codecs.base import StreamDecoder, VideoCodec
+from longlive.codecs.base import FeatureCache, ResumableCodec, StreamDecoder
+from longlive.codecs.halo import MeasuredHalo
+from longlive.codecs.memory import LiveBytes
 from longlive.typing import Float, Latents, Tensor, Video
 
 # fmt: off
@@ -64,11 +68,8 @@ TI2V_5B: dict[str, Any] = {
 }
 """The published configuration of Wan2.2-TI2V-5B's codec (its `vae/config.json`): 704,688,668 parameters."""
 
-FeatureCache = list[Any]
-"""What the causal convolutions remember of the frames so far, an entry for each; `None` before the first frame."""
 
-
-class WanVideoCodec(VideoCodec):
+class WanVideoCodec(ResumableCodec):
     """Raw frames <-> latents by a Wan autoencoder. Frozen, always in evaluation mode.
 
     Args:
@@ -85,6 +86,7 @@ class WanVideoCodec(VideoCodec):
         self.halo_frames = halo_frames(config["temperal_downsample"], config["num_res_blocks"])
         self.autoencoder = autoencoder.requires_grad_(False)
         self._patch_size: int = config["patch_size"] or 1
+        self._dry_runs: dict[tuple[int, ...], tuple[tuple[tuple[int, ...] | None, ...], int]] = {}
         if dtype is not None:
             self.to(dtype)
         self.train(False)
@@ -116,16 +118,14 @@ class WanVideoCodec(VideoCodec):
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> WanVideoCodec:
         """Read a diffusers folder: the autoencoder's own (`config.json`, `*.safetensors`) or a pipeline's, with `vae/`.
 
+        `halo_frames` is the measured halo, if one lies in the folder (`halo.json`, by `tools/measure_halo.py`), else
+        the exact one.
+
         Raises:
-            ValueError: if there is no such folder, no autoencoder in it, or its weights are not the configuration's.
+            ValueError: if there is no such folder, no autoencoder in it, its weights are not the configuration's, or
+                its halo is none of this codec's.
         """
-        folder = Path(folder)
-        source = folder if (folder / "config.json").is_file() else folder / "vae"
-        if not (source / "config.json").is_file():
-            raise ValueError(
-                f"codec folder={folder} holds no config.json, neither itself nor in vae/; point it at a downloaded "
-                "diffusers folder such as Wan2.2-TI2V-5B-Diffusers"
-            )
+        source = autoencoder_folder(folder)
         autoencoder, loading = AutoencoderKLWan.from_pretrained(
             source, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
@@ -136,7 +136,12 @@ class WanVideoCodec(VideoCodec):
                 f"{sorted(loading['missing_keys'])[:3]}, unexpected {sorted(loading['unexpected_keys'])[:3]} (the "
                 "first 3 of each); download the folder again"
             )
-        return cls(autoencoder)
+        codec = cls(autoencoder)
+        measured = MeasuredHalo.read(source)
+        if measured is not None:
+            measured.check(codec.halo_frames)
+            codec.halo_frames = measured.halo_frames
+        return codec
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,15 +159,62 @@ class WanVideoCodec(VideoCodec):
             ValueError: if the raw frames are not `1 + 4k`, or height and width are no multiples of `spatial_ratio`.
         """
         self.check_video(video)
-        autoencoder, ratio = self.autoencoder, self.temporal_ratio
+        cache = self.feature_cache()
+        groups = video.split([1] + [self.temporal_ratio] * (video.shape[1] // self.temporal_ratio), dim=1)
+        return torch.cat([self.encode_next(group, cache) for group in groups], dim=1)
+
+    def feature_cache(self) -> list[Any]:
+        return _feature_cache(self.autoencoder.encoder)
+
+    def encode_next(self, video: Video, cache: FeatureCache) -> Latents:
+        num_raw_frames, ratio = video.shape[1], self.temporal_ratio
+        if num_raw_frames < 1 or (num_raw_frames > 1 and num_raw_frames % ratio):
+            raise ValueError(
+                f"num_raw_frames={num_raw_frames} cannot follow: an encode begins with raw frame 0 alone and goes on "
+                f"with whole groups of {ratio}"
+            )
+        self.check_size(*video.shape[-2:])
         with torch.autocast(video.device.type, enabled=False):
             pixels = patchify(video.transpose(1, 2).to(self.dtype), self._patch_size)
-            cache = _feature_cache(autoencoder.encoder)
-            groups = torch.split(pixels, [1] + [ratio] * (pixels.shape[2] // ratio), dim=2)
-            features = [autoencoder.encoder(group, feat_cache=cache, feat_idx=[0]) for group in groups]
-            posterior_mean = autoencoder.quant_conv(torch.cat(features, dim=2)).chunk(2, dim=1)[0]
+            features = self.autoencoder.encoder(pixels, feat_cache=cache, feat_idx=[0])
+            posterior_mean = self.autoencoder.quant_conv(features).chunk(2, dim=1)[0]
         mean, std = self._statistics(video.device)
         return (posterior_mean.transpose(1, 2).float() - mean) / std
+
+    def feature_shapes(
+        self, batch_size: int, height: int, width: int, num_frames: int
+    ) -> tuple[tuple[int, ...] | None, ...]:
+        # After frame 0 the convolutions remember one input; from then on always as many as they look back.
+        return self._dry_run(batch_size, 1 if num_frames == 1 else self.temporal_ratio, height, width)[0]
+
+    def encode_bytes(self, batch_size: int, num_raw_frames: int, height: int, width: int) -> int:
+        """Peak of the bytes of tensors alive inside; a convolution's workspace, which depends on its kernel, comes on
+        top."""
+        return self._dry_run(batch_size, num_raw_frames, height, width)[1]
+
+    def _dry_run(
+        self, batch_size: int, num_raw_frames: int, height: int, width: int
+    ) -> tuple[tuple[tuple[int, ...] | None, ...], int]:
+        """Shapes of the feature cache after an `encode_next`, and its peak in bytes: from the same code on the meta
+        device, where tensors have no contents and the work costs milliseconds."""
+        key = (batch_size, num_raw_frames, height, width)
+        if key not in self._dry_runs:
+            encoder, patch = self.autoencoder.encoder, self._patch_size
+            weights = {name: torch.empty_like(weight, device="meta") for name, weight in encoder.named_parameters()}
+            cache = self.feature_cache()
+
+            def encode(num_raw_frames: int) -> None:
+                shape = (batch_size, 3 * patch**2, num_raw_frames, height // patch, width // patch)
+                pixels = torch.empty(shape, dtype=self.dtype, device="meta")
+                functional_call(encoder, weights, (pixels,), {"feat_cache": cache, "feat_idx": [0]})
+
+            if num_raw_frames > 1:
+                encode(1)
+            with LiveBytes() as live:
+                encode(num_raw_frames)
+            shapes = tuple(None if entry is None else tuple(entry.shape) for entry in cache)
+            self._dry_runs[key] = shapes, live.peak
+        return self._dry_runs[key]
 
     def decode(self, latents: Latents) -> Video:
         """RGB in [-1, 1], float32. A long video takes less memory through `stream_decoder`.
@@ -175,7 +227,7 @@ class WanVideoCodec(VideoCodec):
     def stream_decoder(self) -> WanStreamDecoder:
         return WanStreamDecoder(self)
 
-    def _decode_frames(self, latents: Latents, cache: FeatureCache) -> Iterator[Video]:
+    def _decode_frames(self, latents: Latents, cache: list[Any]) -> Iterator[Video]:
         """Decode frame by frame, reading and advancing `cache`; a fresh cache makes the first frame one raw frame."""
         channels = latents.shape[2]
         if channels != self.latent_channels:
@@ -241,7 +293,22 @@ def halo_frames(temporal_downsample: list[bool], num_res_blocks: int) -> int:
     return math.ceil(reach / stride) - 1
 
 
-def _feature_cache(network: nn.Module) -> FeatureCache:
+def autoencoder_folder(folder: str | Path) -> Path:
+    """Where a diffusers folder keeps its autoencoder: itself, or `vae/` of a pipeline.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for source in (Path(folder), Path(folder, "vae")):
+        if (source / "config.json").is_file():
+            return source
+    raise ValueError(
+        f"codec folder={folder} holds no config.json, neither itself nor in vae/; point it at a downloaded diffusers "
+        "folder such as Wan2.2-TI2V-5B-Diffusers"
+    )
+
+
+def _feature_cache(network: nn.Module) -> list[Any]:
     # As diffusers sizes it: one entry per causal convolution, those without memory (kernel 1) stay unused at the end.
     return [None] * sum(isinstance(module, WanCausalConv3d) for module in network.modules())
 
