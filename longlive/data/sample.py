@@ -46,7 +46,10 @@ class ClipWindow:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
-            raise ValueError(f"a window of raw frames {self.start} .. {self.stop - 1} is empty; use 0 <= start < stop")
+            raise ValueError(
+                f"the window of raw frames {self.start} .. {self.stop - 1} is empty or begins before the clip; "
+                "use 0 <= start < stop"
+            )
         if self.frame_offset < 0:
             raise ValueError(f"frame_offset={self.frame_offset} must be at least 0")
 

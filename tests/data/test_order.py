@@ -6,6 +6,7 @@ import torch
 from longlive.data.order import (
     FinitePositionBatches,
     PositionBatches,
+    accumulation,
     buffer_shuffle,
     epoch_order,
     lane_shards,
@@ -31,6 +32,32 @@ def test_a_step_consumes_the_same_positions_for_any_number_of_ranks(data_size: i
     for step in range(3):
         positions = sorted(position for rank in ranks for position in rank[step])
         assert positions == list(range(8 + 8 * step, 16 + 8 * step))
+
+
+def test_accumulation_fills_up_the_global_batch() -> None:
+    assert [accumulation(64, 2, ranks) for ranks in (1, 2, 8, 32)] == [32, 16, 4, 1]
+    assert accumulation(6, 3, 2) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            (10, 2, 4),
+            "global_batch_size=10 is no multiple of 8 = batch_size=2 x 4 data ranks; use global_batch_size=8 or 16$",
+        ),
+        ((12, 2, 4), "use global_batch_size=8 or 16, or batch_size=1$"),
+        ((24, 9, 2), "18 = batch_size=9 x 2 data ranks; use global_batch_size=18 or 36, or batch_size=6$"),
+        ((3, 4, 1), "4 = batch_size=4 x 1 data rank; use global_batch_size=4, or batch_size=3$"),
+        ((0, 4, 2), "global_batch_size=0 is no multiple of 8 .* use global_batch_size=8$"),
+        ((-8, 4, 2), "global_batch_size=-8 is no multiple of 8 .* use global_batch_size=8$"),
+    ],
+)
+def test_a_global_batch_that_the_ranks_do_not_divide_names_the_nearest_that_they_do(
+    sizes: tuple[int, int, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        accumulation(*sizes)
 
 
 def test_the_start_is_asked_for_at_every_iteration() -> None:

@@ -6,10 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import VideoReformatter
 
 from helpers.videos import encode, numbered_frames, numbers
+from longlive.data import video
 from longlive.data.sample import (
     ClipSpec,
+    ClipWindow,
     UnreadableSampleError,
     centre_crop_and_resize,
     collate,
@@ -124,6 +127,96 @@ def test_anamorphic_pixels_become_square() -> None:
 def test_pixels_of_the_wanted_size_pass_unchanged() -> None:
     frames = numbered_frames(3)
     torch.testing.assert_close(centre_crop_and_resize(frames, 48, 80), frames, rtol=0, atol=0)
+
+
+CLOSED_GROUPS = {"options": {"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"}}
+SHOTS = [{"start": 0, "end": 5, "caption": "first"}, {"start": 5, "end": 20, "caption": "second"}]
+CLIPS = {
+    "B-frames": members(**CLOSED_GROUPS),
+    "one group of pictures": members(),
+    "twice the rate": members(60, fps=48, **CLOSED_GROUPS),
+    "half the rate": members(14, fps=12),
+    "shorter than the clip": members(10),
+    "one frame": members(1),
+    "two shots": members(20) | {"json": json.dumps({"num_raw_frames": 20, "shots": SHOTS}).encode()},
+}
+WINDOWS = {
+    1: [ClipWindow(0, 21, 0)],
+    2: [ClipWindow(0, 9, 0), ClipWindow(9, 21, 3)],
+    3: [ClipWindow(0, 5, 0), ClipWindow(5, 13, 2), ClipWindow(13, 21, 4)],
+}
+
+
+@pytest.mark.parametrize("num_ranks", WINDOWS)
+@pytest.mark.parametrize("clip", CLIPS)
+def test_the_windows_of_all_ranks_make_up_the_clip(clip: str, num_ranks: int) -> None:
+    """Ranks that draw crops, or count padding and shots, by their own part train on clips that do not exist."""
+    names = {"seed": 3, "epoch": 1, "sample_id": 7}
+    whole = decode_sample(CLIPS[clip], SPEC, **names)
+    parts = [decode_sample(CLIPS[clip], replace(SPEC, window=window), **names) for window in WINDOWS[num_ranks]]
+    assert torch.equal(torch.cat([part.raw_frames for part in parts]), whole.raw_frames)
+    assert [part.frame_offset for part in parts] == [window.frame_offset for window in WINDOWS[num_ranks]]
+    for part in parts:
+        assert replace(part, raw_frames=whole.raw_frames, frame_offset=0) == whole
+
+
+def test_windows_with_a_halo_overlap() -> None:
+    whole, part = (
+        decode_sample(CLIPS["B-frames"], replace(SPEC, window=window), seed=0, epoch=0, sample_id=0)
+        for window in (None, ClipWindow(4, 21, 3))
+    )
+    assert torch.equal(part.raw_frames, whole.raw_frames[4:])
+    assert part.frame_offset == 3
+
+
+@pytest.mark.parametrize(
+    ("clip", "converted"),
+    [("B-frames", [9, 12]), ("twice the rate", [9, 12]), ("half the rate", [5, 7]), ("shorter than the clip", [9, 1])],
+)
+def test_only_the_raw_frames_of_the_window_are_converted(
+    clip: str, converted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that decode whole clips and drop what is not theirs spend P times the work and the memory."""
+    calls: list[int] = []
+
+    class Counting:
+        def __init__(self) -> None:
+            self.inner = VideoReformatter()
+
+        def reformat(self, *args: object, **settings: object) -> object:
+            calls.append(1)
+            return self.inner.reformat(*args, **settings)
+
+    monkeypatch.setattr(video, "VideoReformatter", Counting)
+    for window, number in zip(WINDOWS[2], converted, strict=True):
+        calls.clear()
+        decode_sample(CLIPS[clip], replace(SPEC, window=window), seed=0, epoch=0, sample_id=0)
+        assert len(calls) == number
+
+
+def test_a_batch_says_where_its_window_begins() -> None:
+    spec = replace(SPEC, window=ClipWindow(9, 21, 3))
+    batch = collate([decode_sample(CLIPS["two shots"], spec, seed=0, epoch=0, sample_id=number) for number in (4, 2)])
+    assert batch.frame_offset == 3
+    assert batch.raw_frames.shape == (2, 12, 3, 48, 80)
+    assert batch.shot_index.tolist() == [[0, 1, 1]] * 2
+    assert batch.prompts == (("first", "second", "second"),) * 2
+    assert batch.num_valid_frames.tolist() == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        ((0, 22, 0), r"stop=22.* reaches beyond the clip's 21 raw frames or 6 frames"),
+        ((0, 21, 6), r"frame_offset=6\) reaches beyond the clip's 21 raw frames or 6 frames"),
+        ((-1, 3, 0), r"raw frames -1 \.\. 2 is empty or begins before the clip; use 0 <= start < stop"),
+        ((5, 5, 0), r"raw frames 5 \.\. 4 is empty or begins before the clip"),
+        ((0, 5, -1), "frame_offset=-1 must be at least 0"),
+    ],
+)
+def test_a_window_outside_the_clip_is_refused(window: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SPEC, window=ClipWindow(*window))
 
 
 def broken(**changes: bytes | None) -> dict[str, bytes]:
