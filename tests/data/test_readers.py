@@ -5,6 +5,7 @@ import logging
 import tarfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from helpers.videos import numbers
 from longlive.data.indexed import IndexedShards
 from longlive.data.order import PositionBatches, epoch_order
 from longlive.data.reader import ShardReader
-from longlive.data.sample import ClipSpec, VideoSample, collate
+from longlive.data.sample import ClipSpec, ClipWindow, VideoSample, collate
 from longlive.data.shards import load_index
 from longlive.data.streamed import StreamedShards
 
@@ -187,6 +188,44 @@ def test_workers_report_to_one_count(kind: str, shards: Path, spec: ClipSpec) ->
     for _ in zip(loader, range(6), strict=False):
         pass
     assert reader.unreadable.count == 2
+
+
+def flip_a_bit(directory: Path, clip: int) -> None:
+    """In the coded pixels of the last frames: a decoder conceals it, and no earlier frame shows it."""
+    sample = load_index(directory).samples[clip]
+    member = sample.members["mp4"]
+    path = directory / sample.shard
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat", member.offset)
+    num_bytes = int.from_bytes(content[start - 4 : start], "big")
+    content[start + num_bytes - 12] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_ranks_that_read_different_windows_skip_the_same_damaged_samples(
+    kind: str, shards: Path, spec: ClipSpec
+) -> None:
+    """Decoding tells only the rank whose window is hit: its peers would train on another clip than it does."""
+    flip_a_bit(shards, 4)
+    ids = []
+    for window in (ClipWindow(0, 5, 0), ClipWindow(5, 9, 2)):
+        reader = open_reader(kind, shards, replace(spec, window=window))
+        ids.append(sample_ids(reader, range(22)))
+        assert reader.unreadable.count == 1
+    assert ids[0] == ids[1]
+    assert 4 not in ids[0]
+
+
+def test_shards_that_were_written_without_checksums_are_read(shards: Path, spec: ClipSpec) -> None:
+    content = json.loads((shards / "shards.json").read_text())
+    for sample in content["samples"]:
+        for member in sample["members"].values():
+            assert member.pop("crc32") >= 0
+    (shards / "shards.json").write_text(json.dumps(content))
+    reader = open_reader("indexed", shards, spec)
+    assert sorted(sample_ids(reader, range(11))) == list(range(11))
+    assert reader.unreadable.count == 0
 
 
 def truncate_last_shard(directory: Path) -> None:

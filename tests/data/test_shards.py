@@ -50,6 +50,8 @@ def test_the_index_points_at_every_member_of_every_sample(pristine_shards: Path)
             suffix: content[member.offset : member.offset + member.num_bytes]
             for suffix, member in sample.members.items()
         }
+        assert all(member.holds(members[suffix]) for suffix, member in sample.members.items())
+        assert not any(member.holds(members[suffix][:-1] + b"?") for suffix, member in sample.members.items())
         assert json.loads(members["json"]) == {
             "fps": 24,
             "num_raw_frames": 9 + clip % 3,
