@@ -31,8 +31,8 @@ from longlive.config import instantiate
 from longlive.data.atomic import write_aside
 from longlive.data.video import open_video
 from longlive.data.video_writer import write_mp4
-from longlive.modules.base import LongLiveModule, check_same_shapes, to_unit_range
-from longlive.parallel.checkpoint import find_checkpoint, load_checkpoint
+from longlive.modules.base import LongLiveModule, to_unit_range
+from longlive.parallel.checkpoint import check_same_shapes, find_checkpoint, load_checkpoint, with_frozen
 from longlive.precision.auto import choose_precision
 from longlive.rollout.engine import ChunkReport
 from longlive.rollout.video import Timings, generate_videos
@@ -185,6 +185,7 @@ def load_module(checkpoint: Mapping[str, Any], path: Path) -> LongLiveModule:
     module: LongLiveModule = instantiate(config.module)
     module.configure_model()
     weights = averaged_weights(checkpoint)
+    weights = with_frozen(module, weights)
     check_same_shapes(module.state_dict(), weights)
     module.load_state_dict(weights)
     return module.eval()

@@ -10,7 +10,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from longlive.diffusion.schedule import FlowSchedule
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
 from longlive.models.wan.weights import load_weights
+from longlive.parallel.checkpoint import check_same_shapes, with_frozen
 from longlive.rollout.engine import RolloutEngine, RolloutSettings
 from longlive.text.base import TextEncoder
 from longlive.text.cache import unique_prompts
@@ -194,8 +195,9 @@ class LongLiveModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.run_config
 
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network before anything is overwritten."""
+        checkpoint["state_dict"] = with_frozen(self, checkpoint["state_dict"])
         check_same_shapes(self.state_dict(), checkpoint["state_dict"])
 
 
@@ -204,25 +206,3 @@ def codec_device(codec: VideoCodec) -> torch.device:
     for tensor in (*codec.parameters(), *codec.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-def check_same_shapes(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], most: int = 5) -> None:
-    """Compare names and shapes of two state dicts.
-
-    Raises:
-        ValueError: naming the first keys that differ.
-    """
-    differences = [f"{name}: missing in the checkpoint" for name in ours if name not in theirs]
-    differences += [f"{name}: not in this model" for name in theirs if name not in ours]
-    differences += [
-        f"{name}: {tuple(theirs[name].shape)} in the checkpoint, {tuple(value.shape)} in this model"
-        for name, value in ours.items()
-        if name in theirs and theirs[name].shape != value.shape
-    ]
-    if differences:
-        shown = "; ".join(differences[:most])
-        more = f"; and {len(differences) - most} more" if len(differences) > most else ""
-        raise ValueError(
-            f"the checkpoint is of another model: {shown}{more}. Use the model settings that it was trained "
-            "with, or start a new run in another directory"
-        )

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from helpers.runs import assert_same
-from longlive.parallel.checkpoint import AtomicCheckpointIO, find_checkpoint, load_checkpoint, newest_checkpoint
+from longlive.parallel.checkpoint import (
+    AtomicCheckpointIO,
+    check_same_shapes,
+    find_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    with_frozen,
+)
 
 CONTENT = {"state_dict": {"weight": torch.arange(6.0).view(2, 3)}, "global_step": 7, "config": {"seed": 0}}
 
@@ -146,3 +153,31 @@ def test_a_checkpoint_is_found_by_file_folder_or_run(tmp_path):
             FileNotFoundError, match=f"no checkpoint at {nothing}: give a .ckpt file, a run's directory"
         ):
             find_checkpoint(nothing)
+
+
+def test_checkpoints_of_another_shape_are_told_by_the_first_keys_that_differ():
+    ours = {"same": torch.zeros(2), "wide": torch.zeros(3, 4), "new": torch.zeros(1)}
+    theirs = {"same": torch.ones(2), "wide": torch.zeros(3, 5), "old": torch.zeros(1)}
+    check_same_shapes(ours, {name: tensor + 1 for name, tensor in ours.items()})
+    with pytest.raises(ValueError, match="the checkpoint is of another model") as error:
+        check_same_shapes(ours, theirs)
+    message = str(error.value)
+    assert "new: missing in the checkpoint; old: not in this model; " in message
+    assert "wide: (3, 5) in the checkpoint, (3, 4) in this model" in message
+    assert "same" not in message.split("Use the model settings")[0]
+    assert "more" not in message
+
+
+def test_of_many_differences_five_are_named_and_the_others_counted():
+    ours = {f"layer_{number}": torch.zeros(1) for number in range(8)}
+    with pytest.raises(ValueError, match=r"layer_4: missing in the checkpoint; and 3 more\. Use the model settings"):
+        check_same_shapes(ours, {})
+
+
+def test_frozen_weights_that_a_checkpoint_lacks_are_the_modules_own():
+    """Trainable ones that it lacks still count as missing: they would train on from the initialisation."""
+    module = torch.nn.Linear(2, 3)
+    module.bias.requires_grad_(False)
+    found = with_frozen(module, {"weight": torch.ones(3, 2)})
+    assert_same(found, {"bias": module.bias.detach(), "weight": torch.ones(3, 2)})
+    assert_same(with_frozen(module, {"bias": torch.ones(3)}), {"bias": torch.ones(3)})
