@@ -3,8 +3,11 @@
     average <- d average + (1 - d) weights,    d = min(decay, (1 + n) / (10 + n)) at the n-th update
 
 The growing d lets a short run forget its random start (the rule of TensorFlow's and diffusers' averages). The average
-lives beside
-the parameters, tensor by tensor: where those are shards, it is shards, and nothing is gathered.
+lives beside the parameters, tensor by tensor: where those are shards, it is shards, and nothing is gathered.
+
+To stand in for the weights, the average changes places with them value by value, in the memory where each is: what
+holds a view of that memory, as FSDP2 does, sees it. FSDP2 also keeps whole copies of some parameters after a forward
+pass; they are dropped before, so that none outlives the values that it was gathered from.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from longlive.typing import Tensor
 
@@ -63,12 +68,13 @@ class EMA(Callback):
     def update(self, pl_module: LightningModule, step: int) -> None:
         """Fold the weights after optimizer step `step` (counted from 1) into the average."""
         names, parameters = zip(*_trainable(pl_module), strict=True)
-        averages = [self.average[name] for name in names]
+        averages = [_part(self.average[name]) for name in names]
+        weights = [_part(parameter) for parameter in parameters]
         if step <= self.start_step:
-            torch._foreach_copy_(averages, list(parameters))
+            torch._foreach_copy_(averages, weights)
             return
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(averages, list(parameters), 1 - decay)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
         self.num_updates += 1
 
     @contextmanager
@@ -88,7 +94,10 @@ class EMA(Callback):
     @torch.no_grad()
     def _swap(self, pl_module: LightningModule) -> None:
         for name, parameter in _trainable(pl_module):
-            parameter.data, self.average[name] = self.average[name], parameter.data
+            weight, average = _part(parameter), _part(self.average[name])
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.average:
@@ -116,11 +125,21 @@ class EMA(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.num_updates = int(state_dict["num_updates"])
-        self.average = dict(state_dict["average"])
+        # Under a sharded strategy the fit has begun by now, and what the checkpoint lacks has its start already.
+        self.average = self.average | state_dict["average"]
 
 
-def _trainable(pl_module: LightningModule) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, parameter) for name, parameter in pl_module.named_parameters() if parameter.requires_grad)
+def _trainable(pl_module: LightningModule) -> list[tuple[str, torch.nn.Parameter]]:
+    """As the optimizer sees them: sharded parameters as shards, also right after a forward pass."""
+    for module in pl_module.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return [(name, parameter) for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """This rank's memory of a tensor."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def averaged_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

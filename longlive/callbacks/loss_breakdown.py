@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
@@ -26,7 +27,7 @@ class LossBreakdown(Callback):
     """Logs `train/loss`, `train/loss_timestep_quarter_{1..4}`, `train/loss_clip_quarter_{1..4}`, `train/gradient_norm`
     (before clipping) and `train/learning_rate`.
 
-    The quarters hold unweighted errors of valid frames. `train/loss` is the mean of the interval's steps.
+    The quarters hold unweighted errors of scored frames. `train/loss` is the mean of the interval's steps.
 
     Args:
         every_n_steps: optimizer steps per log interval.
@@ -43,7 +44,8 @@ class LossBreakdown(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % self.every_n_steps == 0:
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._gradient_norm = get_total_norm(gradients)
+            norm = get_total_norm(gradients)
+            self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             self._learning_rate = float(optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(
@@ -52,7 +54,9 @@ class LossBreakdown(Callback):
         assert isinstance(pl_module, LongLiveModule)
         # Lightning hands over the loss divided by the number of accumulated batches.
         loss = outputs["loss"].detach().float() * trainer.accumulate_grad_batches
-        parts = breakdown(loss, outputs["frame_errors"], outputs["timesteps"], outputs["valid"])
+        parts = breakdown(
+            loss, outputs["frame_errors"], outputs["timesteps"], outputs["scored"], outputs["clip_position"]
+        )
         self._sums = parts if self._sums is None else self._sums.to(parts) + parts
         if trainer.global_step % self.every_n_steps or trainer.fit_loop._should_accumulate():
             return
@@ -70,6 +74,16 @@ class LossBreakdown(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step - 1)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, LongLiveModule)
+        if self._sums is not None:
+            checkpoint["callbacks"][self.state_key]["sums"] = pl_module.sum_over_ranks(self._sums).cpu()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A checkpoint holds the sums of all ranks, however many they were.
+        if self._sums is not None and not trainer.is_global_zero:
+            self._sums = torch.zeros_like(self._sums)
+
     def state_dict(self) -> dict[str, Any]:
         """The part of the log interval that is already done, so that a resumed run logs the same means."""
         return {"sums": None if self._sums is None else self._sums.cpu(), "last_loss": self.last_loss}
@@ -78,17 +92,17 @@ class LossBreakdown(Callback):
         self._sums, self.last_loss = state_dict["sums"], state_dict["last_loss"]
 
 
-def breakdown(loss: Tensor, errors: Tensor, timesteps: Tensor, valid: Tensor) -> Tensor:
+def breakdown(loss: Tensor, errors: Tensor, timesteps: Tensor, scored: Tensor, clip_position: Tensor) -> Tensor:
     """Sums (row 0) and counts (row 1) of: the loss, errors by timestep quarter, errors by quarter of the clip.
 
     Args:
         loss: of this micro-batch.
-        errors, timesteps, valid: `[b f]`.
+        errors, timesteps, scored: `[b f]`.
+        clip_position: where in the clip the frames are, `[f]` in [0, 1).
     """
-    num_frames = errors.shape[1]
     timestep_quarter = (timesteps * QUARTERS / TIMESTEP_SCALE).long().clamp(0, QUARTERS - 1)
-    clip_quarter = (torch.arange(num_frames, device=errors.device) * QUARTERS // num_frames).expand_as(errors)
-    weights = valid.to(errors)
+    clip_quarter = (clip_position * QUARTERS).long().expand_as(errors)
+    weights = scored.to(errors)
     columns = [torch.stack([loss, torch.ones_like(loss)])]
     for quarter_of_frame in (timestep_quarter, clip_quarter):
         for quarter in range(QUARTERS):

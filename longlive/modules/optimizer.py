@@ -4,6 +4,10 @@ Muon (Jordan et al. 2024; torch.optim.Muon) replaces a matrix's momentum by the 
 every direction moves by the same amount; it is defined for matrices only. With `match_rms_adamw` (Moonshot AI, arXiv
 2502.16982) its step has the size of AdamW's; it bears a larger learning rate all the same. A small network from
 scratch gets there in a fraction of the steps; tuning a pretrained one is AdamW's business.
+
+The nearest orthogonal matrix is a property of the whole matrix. Where matrices are shards, the momentum stays a shard,
+and its matrix is gathered, one at a time, orthogonalised on every rank alike, and dropped: the same numbers as on one
+rank. (Left to DTensor, torch's Muon sums partial products in bfloat16 and ends up elsewhere.)
 """
 
 from __future__ import annotations
@@ -13,11 +17,54 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+
+from longlive.typing import Tensor
+
+
+class ShardedMuon(Muon):
+    """torch's Muon, also for parameters that are shards (DTensors). Every rank must call `step`."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; parameters are all shards or all whole."""
+        if not any(isinstance(parameter, DTensor) for group in self.param_groups for parameter in group["params"]):
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters: list[Tensor] = []
+            gradients: list[Tensor] = []
+            momenta: list[Tensor] = []
+            self._init_group(group, parameters, gradients, momenta)
+            for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
+                _step_of_shards(parameter, gradient, momentum, group)
+        return loss
+
+
+def _step_of_shards(parameter: Tensor, gradient: Tensor, momentum: Tensor, group: dict[str, Any]) -> None:
+    """What torch's Muon does to a matrix, line by line, with the whole matrix where it is needed."""
+    momentum.lerp_(gradient, 1 - group["momentum"])
+    direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+    assert isinstance(parameter, DTensor)
+    assert isinstance(direction, DTensor)
+    whole = _zeropower_via_newtonschulz(
+        direction.full_tensor(), group["ns_coefficients"], group["ns_steps"], group["eps"]
+    )
+    update = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+    parameter.add_(update, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape))
 
 
 class MuonAdamW(Optimizer):
-    """Two optimizers behind one `step`, one `state_dict` and one list of parameter groups (Muon's first).
+    """Two optimizers behind one `step`, one `state` and one list of parameter groups (Muon's first).
+
+    To everybody else it is one ordinary optimizer: its state dict has torch's form, so it can be saved in shards and
+    loaded by parameter name.
 
     Args:
         named_parameters: as of `nn.Module.named_parameters`. Two-dimensional ones inside `blocks` go to Muon.
@@ -50,15 +97,18 @@ class MuonAdamW(Optimizer):
                 "it needs both. Use optimizer=adamw"
             )
         self.parts: tuple[Optimizer, ...] = (
-            Muon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            ShardedMuon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
             AdamW(others, lr=adamw_lr, betas=(betas[0], betas[1]), weight_decay=weight_decay),
         )
-        super().__init__([*matrices, *others], {"lr": lr})
+        super().__init__([{"params": matrices}, {"params": others}], {"lr": lr})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
         self._share()
 
     def _share(self) -> None:
-        """The groups here are the parts' own, so that a learning-rate schedule reaches them."""
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        """Groups and state of the parts are the ones here: schedules and whoever loads a state reach them."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups = [group]
+            part.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -71,10 +121,6 @@ class MuonAdamW(Optimizer):
             part.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
+        super().load_state_dict(state_dict)
         self._share()
