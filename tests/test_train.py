@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -156,6 +157,25 @@ def test_a_run_that_is_killed_twice_with_accumulation_continues_between_two_step
     assert_same_run(directory, tmp_path / "whole")
 
 
+def test_a_run_with_a_global_batch_continues_with_another_accumulation(shards, tmp_path, caplog):
+    """The first step after the change came too early, on a part of the batch and with its gradient too small."""
+    command = (LOGGED_EVERY, "data.global_batch_size=4", "callbacks.loss_breakdown.every_n_steps=1")
+    run(tmp_path / "whole", shards, *command, "data.batch_size=4", "trainer.max_steps=8")
+    directory = tmp_path / "run"
+    stop = ("trainer.max_steps=4", "learning_rate.num_training_steps=8")
+    with caplog.at_level(logging.INFO, logger="longlive"):
+        run(directory, shards, *command, "data.batch_size=2", *stop)
+        run(directory, shards, *command, "data.batch_size=1", "trainer.max_steps=8")
+    said = [record.getMessage() for record in caplog.records if "global batch" in record.getMessage()]
+    assert said == [
+        "global batch 4 = 1 data rank x 2 clips x 2 accumulated",
+        "global batch 4 = 1 data rank x 1 clip x 4 accumulated",
+    ]
+    losses, expected = (curves(path)["train/loss"] for path in (directory, tmp_path / "whole"))
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert checkpoint(directory, 8)["VideoDataModule"]["samples_consumed"] == 8 * 4
+
+
 def test_a_file_that_was_being_written_at_the_kill_is_ignored(whole, shards, tmp_path):
     directory = tmp_path / "run"
     run(directory, shards, LOGGED_EVERY, "trainer.max_steps=8", "learning_rate.num_training_steps=12")
@@ -307,6 +327,11 @@ def test_a_torn_checkpoint_is_named(whole, shards, tmp_path):
         (("data.num_frames=10",), ValueError, "num_frames=10 is no multiple of chunk_frames=4; use 8 or 12"),
         (("data.height=36",), ValueError, "height=36.* no multiples of the codec's spatial_ratio=8; use 32"),
         (("data.batch_size=0",), ValueError, "batch_size=0 must be at least 1"),
+        (
+            ("data.global_batch_size=7",),
+            ValueError,
+            "data: global_batch_size=7 .* use global_batch_size=6 or 8, or batch_s",
+        ),
         (("codec=dtc",), ValueError, "(?s)Could not find 'codec/dtc'.*dct"),
         (("model.in_channels=48",), ValueError, "in_channels=48, but the codec makes latents of 16 channels"),
         (("model.text_dim=32", "text.embed_dim=64"), ValueError, "text_dim=32, but .* have 64 features"),
