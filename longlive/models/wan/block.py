@@ -20,7 +20,7 @@ from torch import nn
 from longlive.models.attention import SelfAttention, dense_attention
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.rope import Rotation
-from longlive.typing import Float, Int, PromptEmbeds, Tensor
+from longlive.typing import Float, Heads, Int, PromptEmbeds, Tensor
 
 FrameTokens = Float[Tensor, "b f t d"]
 
@@ -69,13 +69,23 @@ class QKVProjection(nn.Module):
 class WanSelfAttention(QKVProjection):
     """Tokens attend to tokens; who sees whom is the attention function's business."""
 
-    def forward(self, x: FrameTokens, rotation: Rotation, attention: SelfAttention, layer: int) -> FrameTokens:
+    def __init__(self, config: WanConfig, layer: int) -> None:
+        super().__init__(config)
+        self.layer = layer
+
+    def forward(self, x: FrameTokens, rotation: Rotation, attention: SelfAttention) -> FrameTokens:
         tokens = x.flatten(1, 2)
         query = self.split_heads(self.norm_q(self.q(tokens)))
         key = self.split_heads(self.norm_k(self.k(tokens)))
         value = self.split_heads(self.v(tokens))
-        attended = attention(query, key, value, rotation, layer)
+        attended = self._attend(query, key, value, rotation, attention)
         return self.o(attended.flatten(2)).view_as(x)
+
+    @torch.compiler.disable
+    def _attend(self, query: Heads, key: Heads, value: Heads, rotation: Rotation, attention: SelfAttention) -> Heads:
+        """Not compiled with the rest: the function is another one for every batch, may communicate, and brings its own
+        kernels. Read in here, the layer's index does not make every layer a program of its own either."""
+        return attention(query, key, value, rotation, self.layer)
 
 
 class WanCrossAttention(QKVProjection):
@@ -96,9 +106,8 @@ class WanBlock(nn.Module):
 
     def __init__(self, config: WanConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
         self.eps = config.eps
-        self.self_attn = WanSelfAttention(config)
+        self.self_attn = WanSelfAttention(config, layer)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps) if config.cross_attn_norm else nn.Identity()
         self.cross_attn = WanCrossAttention(config)
         self.ffn = nn.Sequential(
@@ -117,7 +126,7 @@ class WanBlock(nn.Module):
     ) -> FrameTokens:
         modulation = (time_modulation + self.modulation.float()).unsqueeze(3)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.unbind(2)
-        update = self.self_attn(modulated_norm(x, shift_1, scale_1, self.eps), rotation, attention, self.layer)
+        update = self.self_attn(modulated_norm(x, shift_1, scale_1, self.eps), rotation, attention)
         x = gated_sum(x, update, gate_1)
         x = x + self.cross_attn(self.norm3(x), prompts, prompt_index)
         update = self.ffn(modulated_norm(x, shift_2, scale_2, self.eps))

@@ -11,6 +11,8 @@ runs bidirectionally, and it knows neither masks nor ranks. Differences to Wan's
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -94,6 +96,11 @@ class CausalWan(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
+        """Fill the parameters with `initial_weights`."""
+        for name, drawn in self.initial_weights(seed):
+            self.get_parameter(name).copy_(drawn)
+
+    def initial_weights(self, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         """Wan's initialisation, carried over to any width, with gates that start half open.
 
         Xavier for linear layers and zero for the head, as Wan has it. Its standard deviation of 0.02 for the
@@ -102,10 +109,14 @@ class CausalWan(nn.Module):
         gates start near zero; a small network from scratch learns faster with `GATE`.
 
         Every tensor draws from its own generator on the CPU, so its values depend on the seed and its name alone.
+
+        Yields:
+            One parameter's name and its float32 values on the CPU at a time.
         """
         for name, parameter in self.named_parameters():
             generator = rng.generator(seed, f"init_weights/{name}")
-            drawn = torch.zeros(parameter.shape)
+            # Named, because Lightning builds networks with the accelerator as torch's default device.
+            drawn = torch.zeros(parameter.shape, device="cpu")
             if name.endswith("modulation"):
                 drawn.normal_(std=self.config.dim**-0.5, generator=generator)
                 if name.startswith("blocks"):
@@ -116,7 +127,7 @@ class CausalWan(nn.Module):
                 drawn.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
             elif name.endswith("weight") and name != "head.head.weight":
                 nn.init.xavier_uniform_(drawn.flatten(1), generator=generator)
-            parameter.copy_(drawn)
+            yield name, drawn
 
     def forward(
         self,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -23,6 +24,13 @@ from longlive.models.wan.model import CausalWan
 from longlive.typing import Tensor
 
 FILE_NAME = "diffusion_pytorch_model"
+
+
+class StoredTensor(Protocol):
+    """A tensor in a file. Indexing it by slices reads that part of it, by `()` the whole."""
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Tensor: ...
+
 
 _TOP_NAMES = {
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -107,14 +115,25 @@ def load_weights(
         ValueError: if there is no such file, or names or shapes are not the network's; the message lists the first that
             differ. The network is untouched then.
     """
+    for name, stored in stored_weights(model, path):
+        _assign(model, name, stored[()], dtype, device)
+
+
+def stored_weights(model: nn.Module, path: str | Path) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors of a file or folder under the network's names, one after the other, none of them read yet.
+
+    Args:
+        model: whose names and shapes the tensors must have; it may be on meta or sharded.
+        path: as in `load_weights`.
+
+    Raises:
+        ValueError: as `load_weights`, before the first tensor.
+    """
     files = _files(Path(path))
     stored = {name: shape for file in files for name, shape in _shapes(file)}
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _check(stored, wanted, path)
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a safe_open is no dict
-                _assign(model, original_name(name), tensors.get_tensor(name), dtype, device)
+    return _tensors(files)
 
 
 def save_weights(
@@ -194,6 +213,13 @@ def _files(path: Path) -> list[Path]:
             "with shards and one index"
         )
     return files
+
+
+def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, StoredTensor]]:
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - a safe_open is no dict
+                yield original_name(name), tensors.get_slice(name)
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

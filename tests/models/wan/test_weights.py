@@ -8,7 +8,14 @@ from safetensors.torch import load_file, save_file
 
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
-from longlive.models.wan.weights import diffusers_name, load_wan, load_weights, original_name, save_weights
+from longlive.models.wan.weights import (
+    diffusers_name,
+    load_wan,
+    load_weights,
+    original_name,
+    save_weights,
+    stored_weights,
+)
 
 CONFIG = WanConfig.tiny(num_layers=2, dim=24, ffn_dim=32, num_heads=2, in_channels=4, out_channels=4, text_dim=8)
 
@@ -88,6 +95,28 @@ def test_a_built_network_is_overwritten_in_place(tmp_path):
     load_weights(model, tmp_path / "wan")
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert_holds(model, tensors)
+
+
+def test_a_part_of_a_tensor_can_be_read_alone(tmp_path):
+    """What sharded loading stands on: rows, no rows and everything, under the network's names."""
+    tensors = random_tensors()
+    save_weights(tensors, CONFIG, tmp_path / "wan", naming="diffusers", max_shard_bytes=25_000)
+    with torch.device("meta"):
+        model = CausalWan(CONFIG)
+    names = []
+    for name, stored in stored_weights(model, tmp_path / "wan"):
+        names.append(name)
+        rows = tensors[name].shape[0]
+        for where in ((slice(rows // 3, rows - 1),), (slice(rows, rows),), ()):
+            assert torch.equal(stored[where], tensors[name][where])
+    assert sorted(names) == sorted(tensors)
+
+
+def test_weights_are_checked_before_the_first_is_asked_for(tmp_path):
+    """Catches a check that runs with the first tensor, after the network has lost its own."""
+    save_file({"head.head.bias": torch.zeros(16)}, tmp_path / "wan.safetensors")
+    with pytest.raises(ValueError, match="does not fit the network"):
+        stored_weights(CausalWan(CONFIG), tmp_path / "wan.safetensors")
 
 
 def test_one_file_loads_without_its_folder(tmp_path):
