@@ -23,15 +23,20 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from longlive.codecs.base import VideoCodec
 from longlive.data.batch import VideoBatch
+from longlive.data.sample import ClipWindow
 from longlive.diffusion.schedule import FlowSchedule
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
-from longlive.models.wan.weights import load_weights
 from longlive.parallel.checkpoint import check_same_shapes, with_frozen
+from longlive.parallel.codec_halo import clip_window, encode_window
+from longlive.parallel.fsdp import materialise
+from longlive.parallel.layout import check_heads
+from longlive.parallel.mesh import ALONE, SequenceShare
+from longlive.parallel.strategy import ShardedStrategy
 from longlive.rollout.engine import RolloutEngine, RolloutSettings
 from longlive.text.base import TextEncoder
 from longlive.text.cache import unique_prompts
-from longlive.typing import Int, Latents, PromptEmbeds, RawFrames, Tensor, Video
+from longlive.typing import Bool, Int, Latents, PromptEmbeds, RawFrames, Tensor, Video
 
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
 LearningRateFactory = Callable[[Optimizer], LRScheduler]
@@ -125,19 +130,20 @@ class LongLiveModule(LightningModule):
         return self._frozen[1]
 
     def configure_model(self) -> None:
-        """Build the network: on meta -> weights -> precision. Called again for validation, it finds nothing to do."""
+        """Build the network: on meta -> precision -> shard -> weights. Called again for validation, it finds nothing to
+        do."""
         if self.network is not None:
             return
         with torch.device("meta"):
             network = CausalWan(self.model_config)
-        network.to_empty(device="cpu")
-        if self.weights is None:
-            network.init_weights(self.seed)
-        else:
-            load_weights(network, self.weights)
+        device: torch.device | str = "cpu"
         if self._trainer is not None:
             # Lightning calls this after configure_model again, and finds nothing left to convert.
             network = self.trainer.precision_plugin.convert_module(network)  # type: ignore[assignment]
+            strategy = self.trainer.strategy
+            if isinstance(strategy, ShardedStrategy):
+                network, device = strategy.shard(network), strategy.root_device
+        materialise(network, device, self.weights, self.seed)
         self.network = network
 
     @property
@@ -161,25 +167,76 @@ class LongLiveModule(LightningModule):
             "lr_scheduler": {"scheduler": self.make_learning_rate(optimizer), "interval": "step"},
         }
 
-    @torch.no_grad()
-    def encode(self, batch: VideoBatch) -> Latents:
-        """The batch's latents, float32; encodes raw frames.
+    @property
+    def sequence(self) -> SequenceShare:
+        """This process's place in its sequence group; under strategies without such groups, it is alone."""
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        return strategy.sequence if isinstance(strategy, ShardedStrategy) else ALONE
+
+    def clip_window(self, num_frames: int) -> ClipWindow | None:
+        """The raw frames of a clip of `num_frames` that this process reads; None: all of them.
 
         Raises:
-            ValueError: if the raw frames are none that the codec takes.
+            ValueError: if the sequence ranks do not divide the clip or the attention heads.
         """
-        if batch.latents is not None:
-            return batch.latents.float()
+        sequence = self.sequence
+        if sequence.size == 1:
+            return None
+        check_heads(self.model_config.num_heads, sequence.size)
+        frames = self.frames(num_frames // self.chunk_frames)
+        if len(frames) == num_frames:
+            return None
+        return clip_window(self.codec, frames, sequence.codec_context)
+
+    def frames(self, num_chunks: int) -> range:
+        """The frames of a clip whose latents this process holds."""
+        return self.sequence.layout(num_chunks).frames(self.sequence.rank, self.chunk_frames)
+
+    @torch.no_grad()
+    def encode(self, batch: VideoBatch) -> Latents:
+        """The latents of this process's frames, float32; encodes raw frames.
+
+        Raises:
+            ValueError: if the raw frames are none that the codec takes, or are not those of this process.
+        """
+        frames = self.frames(batch.shot_index.shape[1])
+        latents = self._encode(batch, frames) if batch.latents is None else batch.latents.float()
+        num_frames = batch.shot_index.shape[1] * self.chunk_frames
+        if latents.shape[1] == num_frames and batch.frame_offset == 0:
+            # The whole clip, as batches of latents may hold it: this process takes its own frames.
+            latents = latents[:, frames.start : frames.stop]
+        if latents.shape[1] != len(frames):
+            raise ValueError(
+                f"the batch holds {latents.shape[1]} frames; its {batch.shot_index.shape[1]} chunks of "
+                f"{self.chunk_frames} are {num_frames}, {len(frames)} of them on this rank"
+            )
+        return latents
+
+    def _encode(self, batch: VideoBatch, frames: range) -> Latents:
         assert batch.raw_frames is not None
+        video, sequence = to_unit_range(batch.raw_frames), self.sequence
         # Latents are data: the precision of the network's products is not theirs.
         with torch.autocast(self.device.type, enabled=False):
-            return self.codec.encode(to_unit_range(batch.raw_frames)).float()
+            if len(frames) == batch.shot_index.shape[1] * self.chunk_frames:
+                return self.codec.encode(video).float()
+            return encode_window(self.codec, video, frames, sequence.codec_context, sequence.group).float()
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[Sequence[str]]) -> tuple[PromptEmbeds, Int[Tensor, "b p"]]:
         """The distinct prompts' embeddings and which of them each chunk has, on the module's device."""
         distinct, index = unique_prompts(prompts)
         return self.text_encoder.encode(distinct).to(self.device), index.to(self.device)
+
+    def agreed(self, batch: VideoBatch) -> Bool[Tensor, " b"]:
+        """Whether all ranks of the sequence group read the same clip at each place of the batch. They differ where a
+        clip is unreadable in the part of one rank only, which then took the next one."""
+        group = self.sequence.group
+        if group is None:
+            return torch.ones(batch.batch_size, dtype=torch.bool)
+        ours = batch.sample_ids.to(self.device)
+        theirs = [torch.empty_like(ours) for _ in range(group.size())]
+        torch.distributed.all_gather(theirs, ours, group=group)
+        return (torch.stack(theirs) == ours).all(dim=0).cpu()
 
     def rollout_engine(self, settings: RolloutSettings | None = None) -> RolloutEngine:
         """An engine over this network as it is now; `settings` default to the module's own."""
@@ -197,8 +254,9 @@ class LongLiveModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network before anything is overwritten."""
-        checkpoint["state_dict"] = with_frozen(self, checkpoint["state_dict"])
-        check_same_shapes(self.state_dict(), checkpoint["state_dict"])
+        if "state_dict" in checkpoint:  # a sharded strategy has checked and loaded the weights itself
+            checkpoint["state_dict"] = with_frozen(self, checkpoint["state_dict"])
+            check_same_shapes(self.state_dict(), checkpoint["state_dict"])
 
 
 def codec_device(codec: VideoCodec) -> torch.device:

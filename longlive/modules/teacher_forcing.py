@@ -11,17 +11,18 @@ import torch
 from longlive import rng
 from longlive.data.batch import VideoBatch
 from longlive.models.attention import ChunkedAttention, SelfAttention
-from longlive.models.visibility import VisibilityRule, teacher_forcing_segments
+from longlive.models.visibility import Role, VisibilityRule
 from longlive.modules.base import LongLiveModule
 from longlive.objectives.teacher_forcing import (
     TeacherForcingInputs,
     draw,
     frame_errors,
+    frames_of_chunks,
     make_inputs,
-    valid_frames,
     weighted_loss,
 )
-from longlive.typing import Int, Latents, PerFrame, Tensor
+from longlive.parallel.ulysses import UlyssesAttention
+from longlive.typing import Bool, Int, Latents, PerFrame, Tensor
 
 VALIDATION_STEP = -1
 """Validation draws its timesteps and noise as if at this step: the same ones every time, and none of training's."""
@@ -30,7 +31,8 @@ VALIDATION_STEP = -1
 class TeacherForcingModule(LongLiveModule):
     """Predict the velocity of every chunk from its noisy copy and the clean chunks before it.
 
-    To change the loss, override `frame_losses`; to change what the network sees, `make_inputs` or `attention`.
+    To change the loss, override `frame_losses`; to change what the network sees, `make_inputs` or `attention`. Under a
+    sequence-parallel strategy all of these see this process's frames alone, and work unchanged.
 
     Args:
         prompt_dropout: probability that a sample's prompts are replaced by the empty one, for classifier-free guidance.
@@ -41,6 +43,8 @@ class TeacherForcingModule(LongLiveModule):
         sink_frames: first frames that stay visible under a window.
         shot_sink: whether the first chunk of the current shot does, too.
         shot_rope_offset: frames by which a scene cut moves the RoPE position.
+        given_frames: first frames of a clip that rollout is given: they stay clean among the targets and carry no
+            loss. 1: image to video.
         **base: see `LongLiveModule`.
     """
 
@@ -53,19 +57,24 @@ class TeacherForcingModule(LongLiveModule):
         sink_frames: int = 0,
         shot_sink: bool = False,
         shot_rope_offset: float = 0.0,
+        given_frames: int = 0,
         **base: Any,
     ) -> None:
         super().__init__(**base)
+        if given_frames < 0:
+            raise ValueError(f"given_frames={given_frames} must be at least 0")
         for name, value in (("prompt_dropout", prompt_dropout), ("noise_augmentation", noise_augmentation)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name}={value} must be at least 0 and below 1")
         self.prompt_dropout = prompt_dropout
         self.noise_augmentation = noise_augmentation
         self.shot_rope_offset = shot_rope_offset
+        self.given_frames = given_frames
         self.rule = VisibilityRule.from_frames(window, sink_frames, shot_sink, self.chunk_frames)
 
     def training_step(self, batch: VideoBatch, batch_index: int) -> dict[str, Tensor]:
-        """The loss, and what a callback needs to break it down: frame errors, timesteps and validity, `[b f]` each."""
+        """The loss, and what a callback needs to break it down: errors, timesteps and whether they are scored of the
+        target frames here, `[b f]` each, and where in the clip they are, `[f]` in [0, 1)."""
         return self._step(batch, self.global_step, self.prompt_dropout)
 
     def validation_step(self, batch: VideoBatch, batch_index: int) -> Tensor:
@@ -74,67 +83,116 @@ class TeacherForcingModule(LongLiveModule):
         return result["loss"]
 
     def _step(self, batch: VideoBatch, step: int, prompt_dropout: float) -> dict[str, Tensor]:
+        self.check(batch)
         self.on_phase("encode")
         latents = self.encode(batch)
         prompt_embeds, prompt_index = self.embed(self._drop_prompts(batch, step, prompt_dropout))
         inputs = self.make_inputs(latents, batch, step)
-        valid = valid_frames(batch.num_valid_frames, latents.shape[1], batch.frame_offset).to(latents.device)
+        frame_index = frames_of_chunks(self.chunks(batch, Role.NOISY), self.chunk_frames)
+        scored = self.scored_frames(batch, frame_index).to(latents.device)
 
         self.on_phase("forward")
         prediction = self.predict(inputs, batch, prompt_embeds, prompt_index)
         losses = self.frame_losses(prediction, inputs)
-        num_valid = self.sum_over_ranks(valid.sum().float())
+        num_scored = self.sum_over_ranks(scored.sum().float())
         world_size = self.trainer.world_size if self._trainer is not None else 1
         return {
-            "loss": weighted_loss(losses, inputs.loss_weights, valid, num_valid, world_size),
+            "loss": weighted_loss(losses, inputs.loss_weights, scored, num_scored, world_size),
             "frame_errors": losses.detach(),
             "timesteps": inputs.target_timesteps,
-            "valid": valid,
+            "scored": scored,
+            "clip_position": (frame_index / (batch.shot_index.shape[1] * self.chunk_frames)).to(latents.device),
         }
 
+    def check(self, batch: VideoBatch) -> None:
+        """Raise a `ValueError` for a batch whose prompts are not one per chunk: ranks would read different ones."""
+        num_chunks = batch.shot_index.shape[1]
+        for sample, row in zip(batch.sample_ids.tolist(), batch.prompts, strict=True):
+            if len(row) != num_chunks:
+                raise ValueError(
+                    f"sample {sample} has {len(row)} prompts for {num_chunks} chunks; give one prompt per chunk of the "
+                    "whole clip, on every rank"
+                )
+
+    def chunks(self, batch: VideoBatch, role: Role) -> tuple[int, ...]:
+        """The chunks of the clip that this process holds in a role."""
+        sequence = self.sequence
+        return sequence.layout(batch.shot_index.shape[1]).of_role(sequence.rank, role)
+
+    def scored_frames(self, batch: VideoBatch, frame_index: Int[Tensor, " f"]) -> Bool[Tensor, "b f"]:
+        """Which target frames carry loss: no padding, no given frame, no sample that sequence peers read differently.
+
+        Args:
+            batch: the batch.
+            frame_index: index in the clip of every target frame.
+        """
+        scored = frame_index < batch.num_valid_frames[:, None]
+        if self.given_frames:
+            scored &= frame_index >= self.given_frames
+        return scored & self.agreed(batch)[:, None]
+
     def make_inputs(self, latents: Latents, batch: VideoBatch, step: int) -> TeacherForcingInputs:
-        """Draw timesteps and noise, and make the two copies."""
+        """Draw timesteps and noise, and make both copies.
+
+        Args:
+            latents: of this process's frames.
+            batch: the batch.
+            step: names the draws.
+        """
+        history, targets = self.chunks(batch, Role.CLEAN), self.chunks(batch, Role.NOISY)
         draws = draw(
-            latents.shape,
+            latents.shape[2:],
             self.chunk_frames,
             self.schedule,
             seed=self.seed,
             step=step,
             sample_ids=batch.sample_ids.tolist(),
-            first_chunk=batch.frame_offset // self.chunk_frames,
+            history=history,
+            targets=targets,
             noise_augmentation=self.noise_augmentation,
         )
-        return make_inputs(latents, draws, self.schedule, self.chunk_frames)
+        first = self.frames(batch.shot_index.shape[1]).start
+        history_frames, target_frames = (frames_of_chunks(chunks, self.chunk_frames) for chunks in (history, targets))
+        return make_inputs(
+            latents[:, history_frames - first],
+            latents[:, target_frames - first],
+            draws,
+            self.schedule,
+            self.chunk_frames,
+            is_given=target_frames < self.given_frames if self.given_frames else None,
+        )
 
     def predict(
-        self, inputs: TeacherForcingInputs, batch: VideoBatch, prompt_embeds: Tensor, prompt_index: Int[Tensor, "b p"]
+        self,
+        inputs: TeacherForcingInputs,
+        batch: VideoBatch,
+        prompt_embeds: Tensor,
+        prompt_index: Int[Tensor, "b chunk"],
     ) -> Latents:
-        """The network's velocity for the noisy copy."""
-        num_frames = inputs.target.shape[1]
-        positions = self.frame_positions(batch, num_frames).repeat(1, 2)
+        """The network's velocity for the targets."""
+        pieces = torch.tensor(self.chunks(batch, Role.CLEAN) + self.chunks(batch, Role.NOISY))
         velocity: Latents = self.trained_network(
             latents=inputs.latents,
             timesteps=inputs.timesteps,
             prompt_embeds=prompt_embeds,
-            prompt_index=prompt_index.repeat(1, 2),
-            frame_positions=positions,
+            prompt_index=prompt_index[:, pieces.to(prompt_index.device)],
+            frame_positions=self.frame_positions(batch)[:, frames_of_chunks(pieces.tolist(), self.chunk_frames)],
             attention=self.attention(batch, inputs.latents),
         )
-        return velocity[:, num_frames:]
+        return velocity[:, inputs.num_history_frames :]
 
     def attention(self, batch: VideoBatch, latents: Latents) -> SelfAttention:
-        """Who sees whom, for the clean and noisy copies in `latents`."""
-        _, num_frames, _, height, width = latents.shape
-        rows, columns = self.model_config.patches(height, width)
-        num_chunks = num_frames // 2 // self.chunk_frames
-        segments = teacher_forcing_segments(num_chunks, self.chunk_frames * rows * columns)
-        return ChunkedAttention(segments, batch.shot_index, self.rule)
+        """Who sees whom, for clean and noisy copies of the size of `latents`, on all ranks of the sequence group."""
+        sequence = self.sequence
+        rows, columns = self.model_config.patches(*latents.shape[-2:])
+        layout = sequence.layout(batch.shot_index.shape[1])
+        inner = ChunkedAttention(layout.delivered(self.chunk_frames * rows * columns), batch.shot_index, self.rule)
+        return inner if sequence.group is None else UlyssesAttention(inner, sequence.group)
 
-    def frame_positions(self, batch: VideoBatch, num_frames: int) -> PerFrame:
-        """RoPE position of every frame: its index in the clip, plus the offset of its shot."""
-        index = batch.frame_offset + torch.arange(num_frames)
+    def frame_positions(self, batch: VideoBatch) -> PerFrame:
+        """RoPE position of every frame of the clip: its index, plus the offset of its shot."""
         shot = batch.shot_index.repeat_interleave(self.chunk_frames, dim=1)
-        return (index + self.shot_rope_offset * shot.float()).to(self.device)
+        return (torch.arange(shot.shape[1]) + self.shot_rope_offset * shot.float()).to(self.device)
 
     def frame_losses(self, prediction: Latents, inputs: TeacherForcingInputs) -> PerFrame:
         """One unweighted loss per noisy frame. Weights, padding and averaging are applied afterwards."""

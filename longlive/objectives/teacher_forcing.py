@@ -21,75 +21,84 @@ from longlive.diffusion.path import add_noise, velocity_target
 from longlive.diffusion.schedule import FlowSchedule
 from longlive.typing import Bool, Float, Int, Latents, PerFrame, Tensor
 
+HistoryLatents = Float[Tensor, "b h_frames c h w"]
+"""Latents of clean chunks; a rank may hold another number of those than of targets."""
+
 
 @dataclass(frozen=True)
 class Draws:
     """The random part of a step.
 
     Attributes:
-        grid_index: where on the schedule's grid every chunk is, `[b chunk]`.
+        grid_index: where on the schedule's grid every target chunk is, `[b targets]`.
         noise: what the targets are mixed with.
         history_noise, history_sigma: noise of the clean history and its share per chunk; None: the history is clean.
     """
 
-    grid_index: Int[Tensor, "b chunk"]
+    grid_index: Int[Tensor, "b targets"]
     noise: Latents
-    history_noise: Latents | None = None
-    history_sigma: Float[Tensor, "b chunk"] | None = None
+    history_noise: HistoryLatents | None = None
+    history_sigma: Float[Tensor, "b history"] | None = None
 
 
 def draw(
-    shape: Sequence[int],
+    frame_shape: Sequence[int],
     chunk_frames: int,
     schedule: FlowSchedule,
     *,
     seed: int,
     step: int,
     sample_ids: Sequence[int],
-    first_chunk: int = 0,
+    history: Sequence[int],
+    targets: Sequence[int],
     noise_augmentation: float = 0.0,
 ) -> Draws:
-    """Timesteps and noise for latents of a shape `(b, f, c, h, w)`, on the CPU.
+    """Timesteps and noise, on the CPU.
 
     Args:
+        frame_shape: `(c, h, w)` of a frame.
         chunk_frames: frames that share a timestep.
-        seed, step, sample_ids: name the draws.
-        first_chunk: index in the clip of the first chunk here (a rank may own a later part).
+        seed, step, sample_ids: name the draws, together with the chunk's index in the clip.
+        history, targets: the chunks whose clean and whose noisy copies are here.
         noise_augmentation: the history's share of noise is uniform between 0 and this, one draw per chunk. It is not
             told to the network: in rollout, too, the network does not know how wrong its history is.
     """
-    _, num_frames, *frame_shape = shape
-    chunks = range(first_chunk, first_chunk + num_frames // chunk_frames)
 
-    def noise(purpose: str) -> Latents:
+    def noise(purpose: str, chunks: Sequence[int]) -> Float[Tensor, "b g c h w"]:
+        shape = (chunk_frames, *frame_shape)
         rows = [
             torch.cat(
-                [rng.normal((chunk_frames, *frame_shape), seed, purpose, step=step, sample=i, chunk=c) for c in chunks]
+                [torch.empty(0, *frame_shape)]
+                + [rng.normal(shape, seed, purpose, step=step, sample=sample, chunk=chunk) for chunk in chunks]
             )
-            for i in sample_ids
+            for sample in sample_ids
         ]
         return torch.stack(rows)
 
     index = [
-        [rng.integer(schedule.num_steps, seed, "timestep", step=step, sample=i, chunk=c) for c in chunks]
-        for i in sample_ids
+        [rng.integer(schedule.num_steps, seed, "timestep", step=step, sample=sample, chunk=chunk) for chunk in targets]
+        for sample in sample_ids
     ]
+    grid_index = torch.tensor(index, dtype=torch.int64)
     if not noise_augmentation:
-        return Draws(torch.tensor(index), noise("noise"))
-    share = [[rng.uniform(seed, "history_sigma", step=step, sample=i, chunk=c) for c in chunks] for i in sample_ids]
+        return Draws(grid_index, noise("noise", targets))
+    share = [
+        [rng.uniform(seed, "history_sigma", step=step, sample=sample, chunk=chunk) for chunk in history]
+        for sample in sample_ids
+    ]
     history_sigma = noise_augmentation * torch.tensor(share, dtype=torch.float32)
-    return Draws(torch.tensor(index), noise("noise"), noise("history_noise"), history_sigma)
+    return Draws(grid_index, noise("noise", targets), noise("history_noise", history), history_sigma)
 
 
 @dataclass(frozen=True)
 class TeacherForcingInputs:
-    """What the network gets and what it is scored against.
+    """What the network gets and what it is scored against: h history frames, then f target frames.
 
     Attributes:
-        latents: clean copy, then noisy copy `[b 2f c h w]`.
-        timesteps: 0 for the clean copy, 0 to 1000 for the noisy one `[b 2f]`.
-        target: the noisy copy's velocity `[b f c h w]`.
-        loss_weights: w(t) of every noisy frame `[b f]`.
+        latents: clean history, then noisy targets `[b h+f c h w]`.
+        timesteps: 0 for the history, 0 to 1000 for the targets `[b h+f]`.
+        target: the velocity of the noisy targets `[b f c h w]`.
+        loss_weights: w(t) of every target frame `[b f]`.
     """
 
     latents: Float[Tensor, "b both c h w"]
@@ -98,18 +107,36 @@ class TeacherForcingInputs:
     loss_weights: PerFrame
 
     @property
+    def num_history_frames(self) -> int:
+        return self.latents.shape[1] - self.target.shape[1]
+
+    @property
     def target_timesteps(self) -> PerFrame:
-        """Timesteps of the noisy copy alone, `[b f]`."""
-        return self.timesteps[:, self.target.shape[1] :]
+        """Timesteps of the targets alone, `[b f]`."""
+        return self.timesteps[:, self.num_history_frames :]
 
 
-def make_inputs(latents: Latents, draws: Draws, schedule: FlowSchedule, chunk_frames: int) -> TeacherForcingInputs:
-    """Both copies of the clip, on the device of the latents.
+def make_inputs(
+    history: HistoryLatents,
+    targets: Latents,
+    draws: Draws,
+    schedule: FlowSchedule,
+    chunk_frames: int,
+    is_given: Bool[Tensor, " f"] | None = None,
+) -> TeacherForcingInputs:
+    """History and noisy targets in one sequence, on the device of the latents.
+
+    Args:
+        history, targets: clean latents of the chunks that the draws are for.
+        draws: from `draw`.
+        schedule: noise levels.
+        chunk_frames: frames per chunk.
+        is_given: target frames that stay clean, at timestep 0, because a rollout is given them too.
 
     Raises:
         ValueError: if the frames are no multiple of `chunk_frames`.
     """
-    num_frames = latents.shape[1]
+    num_frames = targets.shape[1]
     if num_frames % chunk_frames:
         raise ValueError(
             f"num_frames={num_frames} is no multiple of chunk_frames={chunk_frames}; use "
@@ -117,26 +144,28 @@ def make_inputs(latents: Latents, draws: Draws, schedule: FlowSchedule, chunk_fr
         )
 
     def per_frame(per_chunk: Tensor) -> Tensor:
-        return per_chunk.to(latents.device).repeat_interleave(chunk_frames, dim=1)
+        return per_chunk.to(targets.device).repeat_interleave(chunk_frames, dim=1)
 
     grid_index = per_frame(draws.grid_index)
-    sigma = schedule.sigma(grid_index)
-    noise = draws.noise.to(latents)
-    history = latents
+    sigma, timesteps = schedule.sigma(grid_index), schedule.timestep(grid_index)
+    if is_given is not None:
+        is_noisy = ~is_given.to(targets.device)
+        sigma, timesteps = sigma * is_noisy, timesteps * is_noisy
+    noise = draws.noise.to(targets)
     if draws.history_noise is not None and draws.history_sigma is not None:
-        history = add_noise(latents, draws.history_noise.to(latents), per_frame(draws.history_sigma))
-    timesteps = schedule.timestep(grid_index)
+        history = add_noise(history, draws.history_noise.to(history), per_frame(draws.history_sigma))
     return TeacherForcingInputs(
-        latents=torch.cat([history, add_noise(latents, noise, sigma)], dim=1),
-        timesteps=torch.cat([torch.zeros_like(timesteps), timesteps], dim=1),
-        target=velocity_target(latents, noise),
+        latents=torch.cat([history, add_noise(targets, noise, sigma)], dim=1),
+        timesteps=torch.cat([timesteps.new_zeros(history.shape[:2]), timesteps], dim=1),
+        target=velocity_target(targets, noise),
         loss_weights=schedule.loss_weight(grid_index),
     )
 
 
-def valid_frames(num_valid_frames: Int[Tensor, " b"], num_frames: int, first_frame: int = 0) -> Bool[Tensor, "b f"]:
-    """Which frames are not padding; `first_frame` is the clip's index of the first frame here."""
-    return first_frame + torch.arange(num_frames) < num_valid_frames[:, None]
+def frames_of_chunks(chunks: Sequence[int], chunk_frames: int) -> Int[Tensor, " f"]:
+    """Indices in the clip of the frames of some chunks, in their order."""
+    starts = torch.tensor(chunks, dtype=torch.int64)[:, None] * chunk_frames
+    return (starts + torch.arange(chunk_frames)).flatten()
 
 
 def frame_errors(prediction: Latents, target: Latents) -> PerFrame:

@@ -1,4 +1,4 @@
-"""Differentiable communication inside a sequence group.
+"""Differentiable communication inside a sequence group of P ranks.
 
 Ulysses (arXiv 2309.14509) turns "all heads of my tokens" into "my heads of all tokens" and back. Both directions are
 one all-to-all; the gradient of the one is the other. Queries, keys and values travel together, because three small
@@ -40,10 +40,9 @@ class _ContiguousGradient(torch.autograd.Function):
         return gradient.contiguous()
 
 
-def gather_sequence(
-    tensors: Sequence[Heads], group: dist.ProcessGroup
-) -> tuple[Float[Tensor, "b size*l n/size e"], ...]:
-    """All heads of this rank's tokens become this rank's share of the heads of all tokens, rank after rank.
+def gather_sequence(tensors: Sequence[Heads], group: dist.ProcessGroup) -> tuple[Float[Tensor, "b all_l share e"], ...]:
+    """All heads of this rank's tokens become this rank's share of the heads of all tokens, rank after rank:
+    `[b l n e]` to `[b P*l n/P e]`.
 
     Args:
         tensors: of one shape, such as queries, keys and values; they travel in one exchange.
@@ -54,7 +53,7 @@ def gather_sequence(
     return tuple(x.transpose(0, 1).flatten(1, 2) for x in by_source.unbind(1))
 
 
-def scatter_sequence(attended: Float[Tensor, "b size*l n/size e"], group: dist.ProcessGroup) -> Heads:
+def scatter_sequence(attended: Float[Tensor, "b all_l share e"], group: dist.ProcessGroup) -> Heads:
     """The way back: this rank's heads of all tokens become all heads of this rank's tokens."""
     by_owner = attended.unflatten(1, (group.size(), -1)).transpose(0, 1)
     by_head_share = all_to_all(by_owner, group)

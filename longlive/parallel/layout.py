@@ -84,9 +84,7 @@ def contiguous_layout(num_chunks: int, size: int) -> SequenceLayout:
     whole = range(num_chunks)
     sequence = _pieces(Role.CLEAN, whole) + _pieces(Role.NOISY, whole)
     share = len(sequence) // size
-    return SequenceLayout(
-        tuple(sequence[rank * share : (rank + 1) * share] for rank in range(size)), (whole,) * size
-    )
+    return SequenceLayout(tuple(sequence[rank * share : (rank + 1) * share] for rank in range(size)), (whole,) * size)
 
 
 MakeLayout = Callable[[int, int], SequenceLayout]

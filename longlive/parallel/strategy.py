@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.strategies.strategy_registry import StrategyRegistry
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
@@ -125,7 +124,9 @@ class SequenceParallelStrategy(ShardedStrategy):
         ValueError: for a size below 1 or an unknown context.
     """
 
-    def __init__(self, sequence_parallel_size: int | None = None, *, codec_context: str = "auto", **sharded: Any) -> None:
+    def __init__(
+        self, sequence_parallel_size: int | None = None, *, codec_context: str = "auto", **sharded: Any
+    ) -> None:
         super().__init__(**sharded)
         if sequence_parallel_size is not None and sequence_parallel_size < 1:
             raise ValueError(f"sequence_parallel_size={sequence_parallel_size} must be at least 1")
@@ -145,14 +146,3 @@ class ContiguousSPStrategy(SequenceParallelStrategy):
     """The conventional split of `[all clean | all noisy]`, for comparison."""
 
     make_layout: ClassVar[MakeLayout] = staticmethod(contiguous_layout)
-
-
-def register_strategies() -> None:
-    """Make the names known to `Trainer(strategy=...)`, with the classes' defaults."""
-    for name, strategy, description in (
-        ("fsdp2", ShardedStrategy, "parameters sharded over all ranks, no sequence parallelism"),
-        ("balanced_sp", BalancedSPStrategy, "balanced sequence parallelism"),
-        ("contiguous_sp", ContiguousSPStrategy, "conventional sequence parallelism"),
-    ):
-        if name not in StrategyRegistry:
-            StrategyRegistry.register(name, strategy, description=description)

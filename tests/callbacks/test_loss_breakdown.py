@@ -52,13 +52,18 @@ def loops(errors: torch.Tensor, timesteps: torch.Tensor, valid: torch.Tensor) ->
     return [sums, counts]
 
 
+def positions(num_frames: int) -> torch.Tensor:
+    """Of all frames of a clip."""
+    return torch.arange(num_frames) / num_frames
+
+
 @pytest.mark.parametrize("num_frames", [8, 12, 6, 3, 1])
 def test_the_parts_equal_plain_loops(num_frames):
     generator = torch.Generator().manual_seed(num_frames)
     errors = torch.rand(5, num_frames, generator=generator)
     timesteps = torch.rand(5, num_frames, generator=generator) * 1000
     valid = torch.rand(5, num_frames, generator=generator) < 0.7
-    found = breakdown(torch.tensor(2.5), errors, timesteps, valid)
+    found = breakdown(torch.tensor(2.5), errors, timesteps, valid, positions(num_frames))
     assert found[:, 0].tolist() == [2.5, 1.0]
     torch.testing.assert_close(found[:, 1:], torch.tensor(loops(errors, timesteps, valid)))
     assert found[1, 1:5].sum() == found[1, 5:].sum() == valid.sum()
@@ -68,7 +73,7 @@ def test_the_borders_of_the_quarters_are_where_they_are_said_to_be():
     """The highest timestep, 1000, would be a fifth quarter."""
     timesteps = torch.tensor([[0.0, 249.9, 250.0, 500.0, 749.9, 750.0, 999.0, 1000.0]])
     errors, valid = torch.ones(1, 8), torch.ones(1, 8, dtype=torch.bool)
-    found = breakdown(torch.tensor(0.0), errors, timesteps, valid)
+    found = breakdown(torch.tensor(0.0), errors, timesteps, valid, positions(8))
     assert found[1].tolist() == [1, 2, 1, 2, 3, 2, 2, 2, 2]
 
 
@@ -76,7 +81,7 @@ def test_padded_frames_are_in_no_part():
     """A padded frame repeats the last one: it would make the end of the clip look easy."""
     errors = torch.tensor([[1.0, 2.0, 100.0, 100.0]])
     valid = torch.tensor([[True, True, False, False]])
-    found = breakdown(torch.tensor(1.5), errors, torch.full((1, 4), 600.0), valid)
+    found = breakdown(torch.tensor(1.5), errors, torch.full((1, 4), 600.0), valid, positions(4))
     assert found[:, 3].tolist() == [3.0, 2.0]
     assert found[:, 5:].tolist() == [[1.0, 2.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
 
@@ -100,7 +105,7 @@ def test_the_logged_loss_is_the_mean_of_all_batches_of_the_interval(accumulate):
         losses = [float(batch["loss"]) for batch in batches]
         assert value == pytest.approx(sum(losses) / len(losses), rel=1e-6)
         for column in range(COLUMNS - 1):
-            parts = [loops(batch["frame_errors"], batch["timesteps"], batch["valid"]) for batch in batches]
+            parts = [loops(batch["frame_errors"], batch["timesteps"], batch["scored"]) for batch in batches]
             total, count = (sum(part[row][column] for part in parts) for row in (0, 1))
             tag = f"train/loss_{'timestep' if column < 4 else 'clip'}_quarter_{column % 4 + 1}"
             found = logger.of(tag).get(2 * interval + 1)

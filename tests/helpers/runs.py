@@ -136,7 +136,9 @@ class Pause(Callback):
 SPEC = BatchSpec(batch_size=2, num_frames=8, chunk_frames=4, channels=16, height=4, width=4)
 
 
-def tiny_module(**changes: Any) -> TeacherForcingModule:
+def tiny_module(
+    module_class: type[TeacherForcingModule] = TeacherForcingModule, **changes: Any
+) -> TeacherForcingModule:
     """One layer, on the CPU, without data."""
     settings: dict[str, Any] = {
         "model": WanConfig.tiny(num_layers=1, dim=32, ffn_dim=32, num_heads=2),
@@ -146,7 +148,7 @@ def tiny_module(**changes: Any) -> TeacherForcingModule:
         "chunk_frames": 4,
         "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     }
-    return TeacherForcingModule(**settings | changes)
+    return module_class(**settings | changes)
 
 
 def fake_batches(number: int, **changes: Any) -> list[VideoBatch]:

@@ -163,7 +163,7 @@ def test_padded_chunks_carry_no_loss_and_change_no_other(
     (gradient,) = torch.autograd.grad(result["loss"], latents)
     reached = gradient.abs().amax((2, 3, 4)) > 0
     assert reached.int().tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
-    assert torch.equal(result["valid"], reached)
+    assert torch.equal(result["scored"], reached)
 
     other = latents.detach().clone()
     other[0, 4:] = 100
@@ -190,7 +190,7 @@ def test_a_step_returns_what_its_loss_is_made_of(
     torch.testing.assert_close(result["frame_errors"], expected, atol=1e-5, rtol=1e-5)
     assert not result["frame_errors"].requires_grad
     assert torch.equal(result["timesteps"], inputs.timesteps[:, 6:])
-    assert result["valid"].all()
+    assert result["scored"].all()
     assert phases == ["encode", "forward"]
 
 
@@ -296,10 +296,8 @@ def test_positions_count_frames_and_skip_at_a_cut(
     make_module: Callable[..., TeacherForcingModule], batch: VideoBatch
 ) -> None:
     module = make_module(shot_rope_offset=8.0)
-    assert module.frame_positions(batch, 6).tolist() == [[0, 1, 10, 11, 12, 13], [0, 1, 2, 3, 4, 5]]
-    assert make_module().frame_positions(batch, 6).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
-    later = replace(batch, frame_offset=300, shot_index=SHOTS + 2)
-    assert module.frame_positions(later, 6)[0].tolist() == [316, 317, 326, 327, 328, 329]
+    assert module.frame_positions(batch).tolist() == [[0, 1, 10, 11, 12, 13], [0, 1, 2, 3, 4, 5]]
+    assert make_module().frame_positions(batch).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
     difference = (velocity(module, batch) - velocity(make_module(), batch)).abs().amax((2, 3, 4))
     assert difference[0, :2].max() < 1e-5
     assert difference[0, 2:].min() > 1e-3
@@ -313,10 +311,25 @@ def test_positions_are_exact_whatever_torchs_default_dtype_is(
     module = make_module(shot_rope_offset=8.0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        positions = module.frame_positions(replace(batch, frame_offset=256), 6)
+        positions = module.frame_positions(replace(batch, shot_index=torch.zeros(2, 150, dtype=torch.int64)))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert positions[0].tolist() == [256, 257, 266, 267, 268, 269]
+    assert positions[0].tolist() == list(range(300))
+
+
+def test_given_frames_carry_no_loss(make_module: Callable[..., TeacherForcingModule], batch: VideoBatch) -> None:
+    """Image to video: in rollout the first frame is given, so its velocity is never asked for."""
+    result = make_module(given_frames=1).training_step(batch, 0)
+    assert result["scored"].int().tolist() == [[0, 1, 1, 1, 1, 1]] * 2
+    assert (result["timesteps"][:, 0] == 0).all()
+    assert (result["timesteps"][:, 1] > 0).all()
+
+
+def test_a_prompt_that_is_missing_is_refused(
+    make_module: Callable[..., TeacherForcingModule], batch: VideoBatch
+) -> None:
+    with pytest.raises(ValueError, match="sample 7 has 2 prompts for 3 chunks"):
+        make_module().training_step(replace(batch, prompts=(PROMPTS[0], PROMPTS[1][:2])), 0)
 
 
 class AbsoluteError(TeacherForcingModule):
@@ -396,5 +409,5 @@ def test_frames_that_no_chunk_tiles_are_refused(
     make_module: Callable[..., TeacherForcingModule], batch: VideoBatch
 ) -> None:
     latents: Float[Tensor, "b f c h w"] = torch.zeros(2, 5, 16, 4, 4)
-    with pytest.raises(ValueError, match="num_frames=5 is no multiple of chunk_frames=2; use 4"):
+    with pytest.raises(ValueError, match="the batch holds 5 frames; its 3 chunks of 2 are 6"):
         make_module().training_step(replace(batch, latents=latents), 0)

@@ -9,10 +9,11 @@ import torch
 from longlive.diffusion.schedule import FlowSchedule
 from longlive.objectives.teacher_forcing import (
     Draws,
+    TeacherForcingInputs,
     draw,
     frame_errors,
+    frames_of_chunks,
     make_inputs,
-    valid_frames,
     weighted_loss,
 )
 from longlive.typing import Tensor
@@ -28,8 +29,20 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def drawn(shape: tuple[int, ...] = SHAPE, **changes: Any) -> Draws:
-    arguments: dict[str, Any] = {"seed": 5, "step": 9, "sample_ids": IDS, "noise_augmentation": 0.5}
-    return draw(shape, CHUNK, SCHEDULE, **(arguments | changes))
+    chunks = range(shape[1] // CHUNK)
+    arguments: dict[str, Any] = {
+        **{"seed": 5, "step": 9, "sample_ids": IDS, "history": chunks, "targets": chunks, "noise_augmentation": 0.5}
+    }
+    return draw(shape[2:], CHUNK, SCHEDULE, **(arguments | changes))
+
+
+def inputs_of(clean: Tensor, draws: Draws, **changes: Any) -> TeacherForcingInputs:
+    """One rank: the same frames as history and as targets."""
+    return make_inputs(clean, clean, draws, SCHEDULE, CHUNK, **changes)
+
+
+def valid_frames(lengths: tuple[int, ...]) -> Tensor:
+    return torch.arange(SHAPE[1]) < torch.tensor(lengths)[:, None]
 
 
 def tensors(draws: Draws) -> dict[str, Tensor]:
@@ -39,9 +52,9 @@ def tensors(draws: Draws) -> dict[str, Tensor]:
 def test_the_loss_is_its_formula() -> None:
     """Random velocities, weights and lengths; in float64, frame by frame, as the module docstring writes it."""
     prediction, target, clean = randn(*SHAPE), randn(*SHAPE, seed=1), randn(*SHAPE, seed=2)
-    draws, num_valid_frames = drawn(), torch.tensor([8, 3])
-    inputs = make_inputs(clean, draws, SCHEDULE, CHUNK)
-    valid = valid_frames(num_valid_frames, 8)
+    draws = drawn()
+    inputs = inputs_of(clean, draws)
+    valid = valid_frames((8, 3))
     loss = weighted_loss(frame_errors(prediction, target), inputs.loss_weights, valid, valid.sum().float())
 
     grid = [1 - step / 100 for step in range(100)]
@@ -60,7 +73,7 @@ def test_the_loss_is_its_formula() -> None:
 
 def test_the_noisy_copy_lies_between_latents_and_noise_at_its_sigma() -> None:
     clean, draws = randn(*SHAPE), drawn(noise_augmentation=0.0)
-    inputs = make_inputs(clean, draws, SCHEDULE, CHUNK)
+    inputs = inputs_of(clean, draws)
     assert inputs.latents.shape == (2, 16, 3, 4, 5)
     assert torch.equal(inputs.latents[:, :8], clean)
     for sample in range(2):
@@ -76,7 +89,7 @@ def test_the_noisy_copy_lies_between_latents_and_noise_at_its_sigma() -> None:
 
 def test_the_clean_copy_has_timestep_zero_and_a_chunk_shares_one() -> None:
     """One timestep for a whole clip, or one per frame, would train on what no rollout ever shows."""
-    inputs = make_inputs(randn(*SHAPE), drawn(), SCHEDULE, CHUNK)
+    inputs = inputs_of(randn(*SHAPE), drawn())
     assert (inputs.timesteps[:, :8] == 0).all()
     noisy = inputs.target_timesteps
     assert torch.equal(noisy, inputs.timesteps[:, 8:])
@@ -87,14 +100,14 @@ def test_the_clean_copy_has_timestep_zero_and_a_chunk_shares_one() -> None:
 
 def test_noise_augmentation_mixes_noise_into_the_history_and_does_not_tell() -> None:
     clean, draws = randn(*SHAPE), drawn()
-    inputs = make_inputs(clean, draws, SCHEDULE, CHUNK)
+    inputs = inputs_of(clean, draws)
     assert draws.history_noise is not None
     assert draws.history_sigma is not None
     sigma = draws.history_sigma.repeat_interleave(2, dim=1)[:, :, None, None, None]
     torch.testing.assert_close(inputs.latents[:, :8], (1 - sigma) * clean + sigma * draws.history_noise)
     assert (inputs.timesteps[:, :8] == 0).all()
     torch.testing.assert_close(inputs.target, draws.noise - clean)
-    without = make_inputs(clean, drawn(noise_augmentation=0.0), SCHEDULE, CHUNK)
+    without = inputs_of(clean, drawn(noise_augmentation=0.0))
     assert torch.equal(inputs.latents[:, 8:], without.latents[:, 8:])
 
 
@@ -114,7 +127,11 @@ def test_without_noise_augmentation_nothing_is_drawn_for_the_history() -> None:
     assert draws.history_sigma is None
 
 
-@pytest.mark.parametrize("change", [{"seed": 6}, {"step": 10}, {"sample_ids": [71, 4]}, {"first_chunk": 4}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 6}, {"step": 10}, {"sample_ids": [71, 4]}, {"history": range(4, 8), "targets": range(4, 8)}],
+    ids=str,
+)
 def test_every_part_of_the_name_changes_every_draw(change: dict[str, Any]) -> None:
     for name, value in tensors(drawn()).items():
         other = tensors(drawn(**change))[name]
@@ -142,9 +159,21 @@ def test_a_batch_of_two_draws_what_its_two_batches_of_one_draw() -> None:
 
 
 def test_a_rank_that_owns_the_second_half_draws_the_second_half() -> None:
-    whole, half = tensors(drawn()), tensors(drawn((2, 4, *SHAPE[2:]), first_chunk=2))
+    whole, half = tensors(drawn()), tensors(drawn(history=(2, 3), targets=(2, 3)))
     for name, value in whole.items():
         assert torch.equal(value[:, value.shape[1] // 2 :], half[name]), name
+
+
+def test_a_rank_may_hold_history_alone_or_targets_alone() -> None:
+    """As under the contiguous split."""
+    clean = randn(*SHAPE)
+    history = make_inputs(clean, clean[:, :0], drawn(targets=()), SCHEDULE, CHUNK)
+    targets = make_inputs(clean[:, :0], clean, drawn(history=()), SCHEDULE, CHUNK)
+    both = inputs_of(clean, drawn())
+    assert torch.equal(torch.cat([history.latents, targets.latents], dim=1), both.latents)
+    assert torch.equal(torch.cat([history.timesteps, targets.timesteps], dim=1), both.timesteps)
+    assert history.target.shape[1] == 0
+    assert torch.equal(targets.target, both.target)
 
 
 def test_the_global_generator_is_neither_read_nor_moved() -> None:
@@ -180,12 +209,20 @@ def test_the_grid_index_is_uniform() -> None:
     assert float(((counts - 200) ** 2 / 200).sum()) < 27.9, "chi-square, 9 degrees, p = 0.001"
 
 
-def test_valid_frames_count_from_the_start_of_the_clip() -> None:
-    lengths = torch.tensor([8, 3, 5])
-    whole = valid_frames(lengths, 8)
-    assert whole.int().tolist() == [[1] * 8, [1] * 3 + [0] * 5, [1] * 5 + [0] * 3]
-    for first in (0, 4):
-        assert torch.equal(valid_frames(lengths, 4, first), whole[:, first : first + 4])
+def test_frames_of_chunks_are_their_places_in_the_clip() -> None:
+    assert frames_of_chunks((0, 3), 2).tolist() == [0, 1, 6, 7]
+    assert frames_of_chunks((), 2).tolist() == []
+
+
+def test_given_frames_stay_clean_among_the_targets_and_say_so() -> None:
+    """Image to video: in rollout the first frame is known, so noise on it would train on what never happens."""
+    clean, draws = randn(*SHAPE), drawn(noise_augmentation=0.0)
+    inputs, without = inputs_of(clean, draws, is_given=torch.arange(8) < 1), inputs_of(clean, draws)
+    assert torch.equal(inputs.latents[:, 8], clean[:, 0])
+    assert (inputs.target_timesteps[:, 0] == 0).all()
+    assert torch.equal(inputs.latents[:, 9:], without.latents[:, 9:])
+    assert torch.equal(inputs.target_timesteps[:, 1:], without.target_timesteps[:, 1:])
+    assert (without.latents[:, 8] != clean[:, 0]).any()
 
 
 def test_frame_errors_are_float32_whatever_the_network_answers_in() -> None:
@@ -203,9 +240,8 @@ def test_the_mean_over_two_ranks_is_the_loss_and_gradient_of_one(lengths: tuple[
     Each rank has half of the frames of both samples; in the last two cases the second rank has none that counts.
     """
     latents, draws = randn(*SHAPE), drawn()
-    inputs = make_inputs(latents, draws, SCHEDULE, CHUNK)
-    num_valid_frames = torch.tensor(lengths)
-    valid = valid_frames(num_valid_frames, 8)
+    inputs = inputs_of(latents, draws)
+    valid = valid_frames(lengths)
     parameter = randn(*SHAPE[2:], seed=4).requires_grad_()
 
     def errors() -> Tensor:
@@ -217,9 +253,8 @@ def test_the_mean_over_two_ranks_is_the_loss_and_gradient_of_one(lengths: tuple[
     losses, gradients = [], []
     for rank in range(2):
         mine = slice(4 * rank, 4 * rank + 4)
-        own = valid_frames(num_valid_frames, 4, 4 * rank)
         weights = inputs.loss_weights[:, mine]
-        part = weighted_loss(errors()[:, mine], weights, own, valid.sum().float(), world_size=2)
+        part = weighted_loss(errors()[:, mine], weights, valid[:, mine], valid.sum().float(), world_size=2)
         losses.append(part)
         gradients.append(torch.autograd.grad(part, parameter)[0])
     assert float(gradient.abs().min()) > 0
@@ -239,6 +274,6 @@ def test_a_batch_of_padding_alone_is_zero_and_not_nan() -> None:
 def test_frames_are_a_multiple_of_the_chunk() -> None:
     latents = randn(1, 7, 1, 2, 2)
     with pytest.raises(ValueError, match="num_frames=7 is no multiple of chunk_frames=2; use 6"):
-        make_inputs(latents, drawn(latents.shape, sample_ids=[0]), SCHEDULE, CHUNK)
+        inputs_of(latents, drawn(latents.shape, sample_ids=[0]))
     with pytest.raises(ValueError, match="num_frames=1 is no multiple of chunk_frames=2; use 2"):
-        make_inputs(latents[:, :1], drawn((1, 2, 1, 2, 2), sample_ids=[0]), SCHEDULE, CHUNK)
+        inputs_of(latents[:, :1], drawn((1, 2, 1, 2, 2), sample_ids=[0]))
