@@ -104,7 +104,7 @@ class FeatureCache(Protocol):
 
 
 class ResumableCodec(VideoCodec):
-    """A codec whose encoder has all its left context in a feature cache: an encode goes on where another one stopped."""
+    """A codec whose encoder has all its left context in a feature cache: an encode can go on where another stopped."""
 
     @property
     @abstractmethod

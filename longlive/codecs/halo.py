@@ -52,11 +52,16 @@ class MeasuredHalo:
             return None
         try:
             fields = json.loads(path.read_text())
-            return cls(int(fields["halo_frames"]), float(fields["max_error"]), float(fields["bound"]), fields["definition"])
+            return cls(
+                halo_frames=int(fields["halo_frames"]),
+                max_error=float(fields["max_error"]),
+                bound=float(fields["bound"]),
+                definition=dict(fields["definition"]),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is no measured halo ({type(error).__name__}: {error}); measure it again with "
-                "tools/measure_halo.py --write, or remove it"
+                f"{path} is no measured halo ({type(error).__name__}: {error}); remove it, and measure "
+                "again with tools/measure_halo.py --write"
             ) from error
 
     def check(self, exact_halo_frames: int) -> None:
@@ -64,5 +69,5 @@ class MeasuredHalo:
         if not 0 <= self.halo_frames <= exact_halo_frames:
             raise ValueError(
                 f"halo_frames={self.halo_frames} in {FILE_NAME} is outside 0 .. {exact_halo_frames}, the receptive "
-                "field of this codec; measure it again with tools/measure_halo.py --write"
+                "field of this codec; remove the file, and measure again with tools/measure_halo.py --write"
             )

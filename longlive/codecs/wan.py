@@ -75,6 +75,9 @@ class WanVideoCodec(ResumableCodec):
     Args:
         autoencoder: its configuration fixes ratios, channels and statistics. It may live on the meta device.
         dtype: dtype of the weights and of the work inside; by default the weights' own.
+
+    Attributes:
+        exact_halo_frames: the halo that the receptive field asks for; `halo_frames` may be a smaller, measured one.
     """
 
     def __init__(self, autoencoder: AutoencoderKLWan, dtype: torch.dtype | None = None) -> None:
@@ -83,7 +86,8 @@ class WanVideoCodec(ResumableCodec):
         self.temporal_ratio = config["scale_factor_temporal"]
         self.spatial_ratio = config["scale_factor_spatial"]
         self.latent_channels = config["z_dim"]
-        self.halo_frames = halo_frames(config["temperal_downsample"], config["num_res_blocks"])
+        self.exact_halo_frames = exact_halo_frames(config["temperal_downsample"], config["num_res_blocks"])
+        self.halo_frames = self.exact_halo_frames
         self.autoencoder = autoencoder.requires_grad_(False)
         self._patch_size: int = config["patch_size"] or 1
         self._dry_runs: dict[tuple[int, ...], tuple[tuple[tuple[int, ...] | None, ...], int]] = {}
@@ -139,7 +143,7 @@ class WanVideoCodec(ResumableCodec):
         codec = cls(autoencoder)
         measured = MeasuredHalo.read(source)
         if measured is not None:
-            measured.check(codec.halo_frames)
+            measured.check(codec.exact_halo_frames)
             codec.halo_frames = measured.halo_frames
         return codec
 
@@ -272,7 +276,7 @@ class WanStreamDecoder(StreamDecoder):
         return torch.cat(list(self._codec._decode_frames(latents, self._cache)), dim=1)
 
 
-def halo_frames(temporal_downsample: list[bool], num_res_blocks: int) -> int:
+def exact_halo_frames(temporal_downsample: list[bool], num_res_blocks: int) -> int:
     """Frames of left context after which encoding a window equals encoding the whole video: 27 for Wan2.2.
 
     A window that owns the frames from `a` on, with halo H, starts at raw frame `4 (a - H - 1)`: that raw frame stands

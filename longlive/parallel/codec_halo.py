@@ -61,8 +61,12 @@ def halo_window(frames: range, halo: int, temporal_ratio: int) -> ClipWindow:
 
 
 def clip_window(codec: VideoCodec, frames: range, context: str) -> ClipWindow:
-    """The raw frames that `encode_window` needs of a clip to own these frames; `context` as `codec_context` returns."""
-    if context == "halo":
+    """The raw frames of a clip that `encode_window` needs with the same context.
+
+    Raises:
+        ValueError: if there are no frames, or the codec has no such context.
+    """
+    if codec_context(codec, context) == "halo":
         return halo_window(frames, codec.halo_frames, codec.temporal_ratio)
     return exchange_window(frames, codec.temporal_ratio)
 
@@ -99,7 +103,7 @@ def encode_window(
         codec: as on every rank.
         video: the raw frames of `clip_window(codec, frames, context)`.
         frames: owned frames of the clip.
-        context: as `codec_context` returns it.
+        context: `exchange`, `halo`, or `auto` as in `codec_context`.
         group: with `exchange`, the ranks that share the clip, in the order of their frames; every one of them must
             call. Ranks that all own the clip from its start on exchange nothing. None: this process alone.
 
@@ -107,12 +111,9 @@ def encode_window(
         ValueError: if the raw frames are not the window's, the windows do not adjoin, or a window's activations do not
             fit in memory. With `exchange` every rank of the group raises it.
     """
-    if context not in ("exchange", "halo"):
-        raise ValueError(f"context={context!r} is unknown; use exchange or halo, as codec_context returns it")
+    context = codec_context(codec, context)
     if context == "exchange" and group is not None and group.size() > 1:
-        if not isinstance(codec, ResumableCodec):
-            codec_context(codec, context)  # raises
-            raise AssertionError
+        assert isinstance(codec, ResumableCodec)
         return _exchange(codec, video, frames, group)
     window = clip_window(codec, frames, context)
     if context == "exchange" and window.start:
@@ -274,8 +275,8 @@ def check_parts(parts: Sequence[WindowPart], temporal_ratio: int) -> None:
         end = parts[rank - 1].stop if rank else 0
         if part.start not in (0, end):
             raise ValueError(
-                f"{where}it owns frames {part.start} .. {part.stop - 1}, and its left neighbour's end at {end}; adjacent "
-                f"ranks exchange adjacent parts: begin at {end}"
+                f"{where}it owns frames {part.start} .. {part.stop - 1}, and its left neighbour's end at {end}; "
+                f"adjacent ranks exchange adjacent parts: begin at {end}"
             )
         window = exchange_window(frames, temporal_ratio)
         if part.num_raw_frames != window.stop - window.start:
@@ -283,8 +284,8 @@ def check_parts(parts: Sequence[WindowPart], temporal_ratio: int) -> None:
         size, expected = astuple(part)[3:6], astuple(parts[0])[3:6]
         if size != expected:
             raise ValueError(
-                f"{where}batch size, height and width are {size}, those of sequence rank 0 are {expected}; the ranks of "
-                "a group read the same clips at the same size"
+                f"{where}batch size, height and width are {size}, those of sequence rank 0 are {expected}; the ranks "
+                "of a group read the same clips at the same size"
             )
         if 0 <= part.bytes_free < part.bytes_needed:
             raise ValueError(
@@ -303,8 +304,8 @@ def _check_frames(frames: range) -> None:
 def _wrong_raw_frames(given: int, frames: range, window: ClipWindow) -> str:
     return (
         f"num_raw_frames={given}, but frames {frames.start} .. {frames.stop - 1} need the "
-        f"{window.stop - window.start} raw frames {window.start} .. {window.stop - 1} of the clip; read the window that "
-        "clip_window gives for the same context"
+        f"{window.stop - window.start} raw frames {window.start} .. {window.stop - 1} of the clip; read the window "
+        "that clip_window gives for the same context"
     )
 
 
