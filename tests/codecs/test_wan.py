@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from longlive import rng
+from longlive.codecs.halo import MeasuredHalo
+from longlive.codecs.memory import LiveBytes
 from longlive.codecs.wan import WanVideoCodec
 from longlive.typing import Latents, Video
 
@@ -197,4 +199,68 @@ def test_a_folder_without_a_codec_or_with_other_weights_is_refused(codec: WanVid
     codec.autoencoder.save_pretrained(tmp_path)
     WanVideoCodec.tiny(num_res_blocks=2).autoencoder.save_config(tmp_path)
     with pytest.raises(ValueError, match=r"missing \['decoder\."):
+        WanVideoCodec.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("pieces", [(1, 4, 4, 4), (1, 12), (1, 8, 4)])
+def test_an_encode_goes_on_where_another_stopped(codec: WanVideoCodec, pieces: tuple[int, ...]) -> None:
+    video, cache = random_video(13, batch_size=2), codec.feature_cache()
+    latents = torch.cat([codec.encode_next(piece, cache) for piece in video.split(pieces, dim=1)], dim=1)
+    torch.testing.assert_close(latents, codec.encode(video), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_raw_frames", [0, 2, 5, 9])
+def test_pieces_that_are_no_whole_groups_are_refused(codec: WanVideoCodec, num_raw_frames: int) -> None:
+    with pytest.raises(ValueError, match=f"num_raw_frames={num_raw_frames} cannot follow: .* whole groups of 4"):
+        codec.encode_next(random_video(13)[:, :num_raw_frames], codec.feature_cache())
+    with pytest.raises(ValueError, match="width=24 are no multiples"):
+        codec.encode_next(random_video(1, width=24), codec.feature_cache())
+
+
+def test_feature_shapes_are_those_of_a_cache_after_so_many_frames(codec: WanVideoCodec) -> None:
+    """A rank that expected another shape would read another tensor's bytes, or wait for ever."""
+    video, cache = random_video(13, batch_size=2, height=32, width=48), codec.feature_cache()
+    for num_frames, piece in enumerate(video.split([1, 4, 4, 4], dim=1), start=1):
+        codec.encode_next(piece, cache)
+        shapes = tuple(None if entry is None else tuple(entry.shape) for entry in cache)
+        assert codec.feature_shapes(2, 32, 48, num_frames) == shapes
+    assert sum(shape is not None for shape in shapes) == 16
+    assert codec.feature_shapes(1, 32, 48, 2) != codec.feature_shapes(1, 32, 48, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch_size", "num_raw_frames", "height", "width"), [(1, 1, 32, 32), (2, 4, 32, 16), (1, 24, 16, 48)]
+)
+def test_encode_bytes_are_what_an_encode_holds(
+    dtype: torch.dtype, batch_size: int, num_raw_frames: int, height: int, width: int
+) -> None:
+    """Counted while it really computes. The encoder's own peak is in the dry run; what comes after it is small."""
+    codec = WanVideoCodec.tiny(dtype=dtype)
+    cache = codec.feature_cache()
+    if num_raw_frames > 1:
+        codec.encode_next(random_video(1, batch_size, height, width), cache)
+    video = random_video(num_raw_frames, batch_size, height, width).to(dtype)
+    with LiveBytes() as live:
+        codec.encode_next(video, cache)
+    assert codec.encode_bytes(batch_size, num_raw_frames, height, width) == pytest.approx(live.peak, rel=0.05)
+
+
+def test_encode_bytes_of_the_ti2v_5b_codec_need_neither_weights_nor_work() -> None:
+    """24 frames of 704 x 1280 in one piece, in bfloat16; the widest tensor is 160 channels of half the pixels."""
+    with torch.device("meta"):
+        codec = WanVideoCodec.ti2v_5b(torch.bfloat16)
+    widest = 160 * 96 * 352 * 640 * 2
+    assert 5 < codec.encode_bytes(1, 96, 704, 1280) / widest < 10
+    assert codec.encode_bytes(1, 96, 704, 1280) == pytest.approx(24 * codec.encode_bytes(1, 4, 704, 1280), rel=0.3)
+
+
+def test_a_measured_halo_is_read_with_the_codec(codec: WanVideoCodec, tmp_path: Path) -> None:
+    codec.autoencoder.save_pretrained(tmp_path / "vae")
+    assert WanVideoCodec.from_pretrained(tmp_path).halo_frames == codec.exact_halo_frames == 19
+    MeasuredHalo(12, 0.003, 2**-8, {"dtype": "float32"}).write(tmp_path / "vae")
+    measured = WanVideoCodec.from_pretrained(tmp_path)
+    assert (measured.halo_frames, measured.exact_halo_frames) == (12, 19)
+    MeasuredHalo(20, 0.0, 2**-8, {}).write(tmp_path / "vae")
+    with pytest.raises(ValueError, match=r"halo_frames=20 .* outside 0 \.\. 19"):
         WanVideoCodec.from_pretrained(tmp_path)

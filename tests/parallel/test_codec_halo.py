@@ -140,7 +140,8 @@ def test_exchanging_ranks_encode_what_one_process_encodes(codec: WanVideoCodec, 
     for (cuts, video), parts in zip(cases, zip(*by_rank, strict=True), strict=True):
         assert [part.shape[1] for part in parts] == [stop - start for start, stop in pairwise(cuts)]
         whole = codec.encode(video)
-        error = (torch.cat(parts, dim=1) - whole).abs().max() / whole.std()
+        # One piece and groups of four differ in the order of summation.
+        error = (torch.cat(parts, dim=1) - whole).abs().max() / whole.abs().max()
         assert error <= 1e-6, f"cut at {cuts}"
 
 
@@ -369,10 +370,8 @@ def test_a_measured_halo_is_stored_with_the_codec_and_keeps_its_bound(
 
     measured = WanVideoCodec.from_pretrained(tmp_path)
     assert 0 < measured.halo_frames == record["halo_frames"] < measured.exact_halo_frames
-    video, frames = (
-        random_video(measured.halo_frames + 6, height=32, width=32, seed=5),
-        range(measured.halo_frames + 3, measured.halo_frames + 6),
-    )
+    frames = range(measured.halo_frames + 3, measured.halo_frames + 6)
+    video = random_video(frames.stop, height=32, width=32, seed=5)
     difference = encode_part(measured, video, frames, "halo") - part_of(measured.encode(video), frames)
     assert 0 < difference.abs().max() < BFLOAT16_ROUNDING
 
