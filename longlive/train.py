@@ -17,9 +17,18 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from longlive.callbacks.ema import averaged_weights
+from longlive.callbacks.initial_weights import InitialWeights
 from longlive.config import instantiate, to_plain
-from longlive.modules.base import LongLiveModule, check_same_shapes
-from longlive.parallel.checkpoint import AtomicCheckpointIO, find_checkpoint, load_checkpoint, newest_checkpoint
+from longlive.modules.base import LongLiveModule
+from longlive.parallel.checkpoint import (
+    AtomicCheckpointIO,
+    check_same_shapes,
+    find_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    with_frozen,
+)
+from longlive.parallel.strategy import ShardedStrategy
 from longlive.precision.auto import choose_precision
 
 log = logging.getLogger(__name__)
@@ -40,12 +49,17 @@ def train(config: DictConfig) -> Trainer:
     module.run_config = to_plain(config)
     trainer = make_trainer(config)
     if config.initialise_from is not None and checkpoint is None:
-        initialise(module, config.initialise_from)
+        initialise(trainer, module, find_checkpoint(config.initialise_from))
     # Written once the run trains: a start that is refused leaves the config of an earlier one as it was.
     trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: _save_config(module, directory)))  # type: ignore[attr-defined]
     log.info("continuing from %s", checkpoint) if checkpoint else log.info("a new run in %s", directory)
     trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     return trainer
+
+
+def lightning_strategy(name: str) -> str:
+    """One of Lightning's own strategies, which know no sequence groups."""
+    return name
 
 
 def make_trainer(config: DictConfig) -> Trainer:
@@ -63,14 +77,18 @@ def make_trainer(config: DictConfig) -> Trainer:
     return trainer
 
 
-def initialise(module: LongLiveModule, location: str) -> None:
+def initialise(trainer: Trainer, module: LongLiveModule, checkpoint: Path) -> None:
     """Take the weights (the average, where there is one) of a checkpoint; step, optimizer and data position stay at 0.
+    Under a sharded strategy there is no network yet: it takes them when the fit starts.
 
     Raises:
         ValueError: if the checkpoint is of another model.
     """
-    weights = averaged_weights(load_checkpoint(find_checkpoint(location)))
+    if isinstance(trainer.strategy, ShardedStrategy):
+        trainer.callbacks.insert(0, InitialWeights(checkpoint))  # type: ignore[attr-defined]
+        return
     module.configure_model()
+    weights = with_frozen(module, averaged_weights(load_checkpoint(checkpoint)))
     check_same_shapes(module.state_dict(), weights)
     module.load_state_dict(weights)
 

@@ -24,6 +24,7 @@ from longlive.callbacks.ema import EMA
 from longlive.codecs.base import num_raw_frames
 from longlive.data.video_writer import write_mp4
 from longlive.modules.base import LongLiveModule, to_unit_range
+from longlive.parallel.strategy import ShardedStrategy
 from longlive.rollout.video import generate_videos
 from longlive.typing import RawFrames, Tensor, UInt8
 
@@ -107,7 +108,9 @@ class SampleVideo(Callback):
     @torch.no_grad()
     def sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Roll out, measure and write, once per optimizer step."""
-        if trainer.global_step == self._last_step or not trainer.is_global_zero:
+        # Every rank holds a part of a sharded network, so all of them roll out; otherwise the first one does.
+        is_sharded = isinstance(trainer.strategy, ShardedStrategy)
+        if trainer.global_step == self._last_step or not (trainer.is_global_zero or is_sharded):
             return
         self._last_step = trainer.global_step
         assert isinstance(pl_module, LongLiveModule)
@@ -119,6 +122,8 @@ class SampleVideo(Callback):
                 videos = self._roll_out(pl_module)
         finally:
             pl_module.train()
+        if not trainer.is_global_zero:
+            return
         self._write(videos[: self.num_shown], trainer)
         if self.metric is not None:
             self.metric.reset()

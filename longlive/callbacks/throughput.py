@@ -67,9 +67,11 @@ class Throughput(Callback):
     ) -> None:
         self._begin(None)
         assert isinstance(pl_module, LongLiveModule)
-        tokens = num_tokens(batch, pl_module) * trainer.world_size
+        # The ranks of a sequence group share their clips.
+        data_size = trainer.world_size // pl_module.sequence.size
+        tokens = num_tokens(batch, pl_module) * data_size
         self.num_tokens += tokens
-        self.num_samples += batch.batch_size * trainer.world_size
+        self.num_samples += batch.batch_size * data_size
         self._interval_tokens += tokens
         if trainer.fit_loop._should_accumulate():
             self._batch_end = time.perf_counter()
@@ -110,13 +112,12 @@ class Throughput(Callback):
 
 
 def num_tokens(batch: VideoBatch, module: LongLiveModule) -> int:
-    """Tokens of the batch's sequences, clean and noisy copies together."""
+    """Tokens of the batch's whole sequences, clean and noisy copies together."""
+    num_frames = batch.shot_index.shape[1] * module.chunk_frames
     if batch.latents is not None:
-        num_frames, _, height, width = batch.latents.shape[1:]
+        height, width = batch.latents.shape[-2:]
     else:
         assert batch.raw_frames is not None
-        codec = module.codec
-        num_frames = 1 + (batch.raw_frames.shape[1] - 1) // codec.temporal_ratio
-        height, width = (size // codec.spatial_ratio for size in batch.raw_frames.shape[-2:])
+        height, width = (size // module.codec.spatial_ratio for size in batch.raw_frames.shape[-2:])
     rows, columns = module.model_config.patches(height, width)
     return 2 * batch.batch_size * num_frames * rows * columns

@@ -11,6 +11,10 @@ import av
 from longlive.data.atomic import write_aside
 from longlive.typing import Tensor, UInt8
 
+KEY_FRAME_INTERVAL = 24
+"""Raw frames from one key frame to the next, at most. A rank that reads a window of a clip decodes from the key frame
+before it: with x264's default of 250, the last rank of a sequence group decodes nearly everything."""
+
 
 def write_mp4(
     target: str | Path | io.BufferedIOBase, frames: UInt8[Tensor, "t 3 H W"], fps: float | int, *, quality: int = 18
@@ -46,7 +50,8 @@ def _encode_mp4(file: io.BufferedIOBase, frames: UInt8[Tensor, "t 3 H W"], fps: 
         stream.height, stream.width = height, width
         stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
         # By default, x264's fastest routines give other bytes from time to time, even in one process.
-        stream.options = {"crf": str(quality), "x264-params": "cpu-independent=1"}
+        parameters = f"keyint={KEY_FRAME_INTERVAL}:cpu-independent=1"
+        stream.options = {"crf": str(quality), "x264-params": parameters}
         stream.codec_context.thread_count = 1
         for pixels in frames.permute(0, 2, 3, 1).contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
