@@ -181,10 +181,11 @@ def load_module(checkpoint: Mapping[str, Any], path: Path) -> LongLiveModule:
             f"{path} holds no config, so it does not say what network it is; it was not written by `longlive train`"
         )
     config = OmegaConf.create(checkpoint["config"])
-    config.module.weights = None
+    weights = averaged_weights(checkpoint)
+    if not checkpoint.get("trainable_only"):
+        config.module.weights = None
     module: LongLiveModule = instantiate(config.module)
     module.configure_model()
-    weights = averaged_weights(checkpoint)
     weights = with_frozen(module, weights)
     check_same_shapes(module.state_dict(), weights)
     module.load_state_dict(weights)

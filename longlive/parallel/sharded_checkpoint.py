@@ -78,7 +78,7 @@ class ShardedCheckpoints:
         if self.trainable_only:
             frozen = {name for name, value in _module(strategy).named_parameters() if not value.requires_grad}
             weights = {name: value for name, value in checkpoint["state_dict"].items() if name not in frozen}
-            checkpoint = checkpoint | {"state_dict": weights}
+            checkpoint = checkpoint | {"state_dict": weights, "trainable_only": True}
         tree, shards = split(checkpoint)
         if not self.asynchronous:
             _write(ranks, tree, shards, path)
