@@ -244,9 +244,13 @@ def _gather_parts(
     """Every rank's part. One small collective per encode: without it a rank that refuses would leave its neighbours
     waiting for ever."""
     batch_size, num_raw_frames, _, height, width = video.shape
-    free = free_bytes(video.device)
-    legal = num_raw_frames > 0 and not height % codec.spatial_ratio and not width % codec.spatial_ratio
-    needed = codec.encode_bytes(batch_size, num_raw_frames, height, width) if free >= 0 and legal else 0
+    codec.check_size(height, width)
+    window = exchange_window(frames, codec.temporal_ratio)
+    free, needed = free_bytes(video.device), 0
+    if free >= 0 and num_raw_frames == window.stop - window.start:
+        # Frame 0 is encoded before the piece that the rest of its window is.
+        piece = num_raw_frames if frames.start or len(frames) == 1 else num_raw_frames - 1
+        needed = codec.encode_bytes(batch_size, piece, height, width)
     part = WindowPart(frames.start, frames.stop, num_raw_frames, batch_size, height, width, needed, free)
     mine = torch.tensor(astuple(part), dtype=torch.int64, device=video.device)
     gathered = [torch.empty_like(mine) for _ in range(group.size())]

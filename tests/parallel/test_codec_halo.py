@@ -222,12 +222,12 @@ def test_a_rank_that_cannot_encode_ends_the_exchange_on_every_rank(
         found = []
         # Rank 1 misses a raw frame; rank 0 has too many; the parts do not adjoin; rank 1 has too little memory.
         for given, owned, free in (
-            ((video[:, :5], video[:, 5:12]), (range(0, 2), range(2, 4)), -1),
-            ((video[:, :6], video[:, 5:]), (range(0, 2), range(2, 4)), -1),
-            ((video[:, :5], video[:, 9:]), (range(0, 2), range(3, 4)), -1),
+            ((video[:, :5], video[:, 5:12]), (range(0, 2), range(2, 4)), 2**30),
+            ((video[:, :6], video[:, 5:]), (range(0, 2), range(2, 4)), 2**30),
+            ((video[:, :5], video[:, 9:]), (range(0, 2), range(3, 4)), 2**30),
             ((video[:, :5], video[:, 5:]), (range(0, 2), range(2, 4)), 2**10),
         ):
-            monkeypatch.setattr(codec_halo, "free_bytes", lambda device, free=free: free if rank else -1)
+            monkeypatch.setattr(codec_halo, "free_bytes", lambda device, free=free: free if rank else 2**30)
             with pytest.raises(ValueError) as error:  # noqa: PT011, the messages are compared below
                 encode_window(codec, given[rank], owned[rank], "exchange", dist.group.WORLD)
             found.append(str(error.value))
