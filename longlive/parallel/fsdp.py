@@ -14,6 +14,9 @@ and what is left (embeddings and head).
 
 The first two replace `block.forward`; no module is wrapped, so parameters keep Wan's names.
 
+A pass without backward (validation, rollout) runs under `torch.no_grad()`. Under `torch.inference_mode()` FSDP2's
+buffers become ones that no later training can use; torch then says so.
+
 The timestep's layers are gathered in float32 whatever `parameter_dtype` says, as the network computes them in float32.
 A block's `modulation` is gathered with its block: its float32 sum with the timestep's modulation is rounded to the
 activations' dtype right after, so rounding the table adds no error of another size (`tests/parallel/test_fsdp.py`
@@ -48,9 +51,9 @@ class ShardingOptions:
     """How the network is sharded, and what surrounds its blocks.
 
     Attributes:
-        activation_checkpointing: True or n: of every block, or of every n-th one, only the input is kept, and backward
-            computes it again. What is called inside must answer alike the second time: an attention function that
-            reads a cache must read what it read before.
+        activation_checkpointing: whether of a block only the input is kept, and backward computes it again; a number n
+            says of every n-th block. What is called inside must answer alike the second time: an attention function
+            with a cache must find in it what it found before.
         compile: whether the blocks are compiled.
         parameter_dtype: what parameters are gathered in. None: as they are kept, so that numbers equal those of one
             device; autocast then casts them where it needs. `bfloat16` halves what is sent and held, and blocks

@@ -311,8 +311,8 @@ def dtypes_and_errors():
         seen["block weight"], seen["tokens"] = block.self_attn.q.weight.dtype, args[0].dtype
 
     network.blocks[1].register_forward_pre_hook(see_block)
-    network.time_projection.register_forward_hook(
-        lambda module, args, output: seen.update({"time weight": module[1].weight.dtype, "time": output.dtype})
+    network.time_projection[1].register_forward_hook(
+        lambda layer, args, output: seen.update({"time weight": layer.weight.dtype, "time": output.dtype})
     )
     velocity = network(**given)
     velocity.float().square().mean().backward()
