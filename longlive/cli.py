@@ -44,7 +44,10 @@ _COMMANDS = {
         ("strict",),
     ),
 }
-_DOCTOR = "print versions, devices, and which precisions, kernels and codecs work here"
+_DOCTOR = (
+    "print versions, devices, and which precisions, kernels and codecs work here; "
+    "longlive doctor plan num_gpus=...: what a training run takes"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,9 +9,11 @@ not, and raise anything at all when imported).
 
 import argparse
 import contextlib
+import importlib
 import json
 import logging
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -82,8 +84,17 @@ def checks() -> list[Check]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report as tables, or with `--json` as a list of objects; returns 0."""
-    parser = argparse.ArgumentParser(prog="longlive doctor", description="What works on this machine, and why not.")
+    """Print the report as tables, or with `--json` as a list of objects; returns 0. `plan ...` is another command
+    (`longlive.doctor.plan_report`)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "plan":
+        with _quiet_logs():
+            plan_report = importlib.import_module("longlive.doctor.plan_report")
+        return int(plan_report.main(arguments[1:]))
+    parser = argparse.ArgumentParser(
+        prog="longlive doctor",
+        description="What works on this machine, and why not. What a training run takes: longlive doctor plan --help",
+    )
     parser.add_argument("--json", action="store_true", help="print a list of {group, name, works, detail}")
     options = parser.parse_args(arguments)
     with _quiet_logs():

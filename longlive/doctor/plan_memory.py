@@ -1,0 +1,224 @@
+"""Memory of training, per rank: the stated model that `longlive doctor plan` computes with.
+
+**Weights.** Parameters, gradients, the optimizer's state and the average are float32, divided by the ranks that they
+are sharded over. FSDP gathers the parameters outside the blocks for the whole step and those of two blocks at a time
+(the one that computes and the next); gradients that are accumulated over micro-batches without communication are held
+whole. Under autocast, the bfloat16 copies of float32 matrices live as long as a forward.
+
+**Activations** are what autograd saves, counted by storage: `l` tokens of a rank's sequence, `d` features, `m` of the
+feed-forward, `n` heads, `c` bytes of the compute dtype (4, or 2 under bf16-mixed), `a` bytes in attention. Per block:
+
+| what | bytes per token |
+|---|---|
+| two modulated norms: input and normalised in float32, result | 2 (8 d + 8 + c d) |
+| two gated sums: the update in float32 | 8 d |
+| RMS norms of query and key, and of the cross-attention's query | 3 norm |
+| query, key, value as attended; output, its log-sum-exp, and the output joined | 4 a d + 4 n + c d |
+| cross-attention: input of its norm and result, query, output, log-sum-exp | 4 d + 8 + c d + 2 a d + 4 n |
+| feed-forward, before and after the GELU | 2 c m |
+
+plus, for `ChunkedAttention`, the copies of the keys and values of every rectangle that joins several segments:
+`2 a d / P` bytes per key token, with P ranks sharing the heads (`n (n + 1)` chunks for a clip of n without a window:
+the one term that grows with the square of the clip); the keys and values of every piece's prompt; and a few vectors per
+frame. With activation checkpointing every block keeps its input (`c d` per token) and only one block at a time all of
+this. `norm` is `c d + 4` with a fused kernel (CUDA); on a CPU it is `8 d + 4`, and attention there is float32
+(`a` = 4).
+
+Not in the model: what lives only inside a kernel or between two operations, except the gradients of the
+feed-forward's hidden features, the widest (`2 c m` per token), the allocator's fragmentation, and CUDA's own context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from longlive.doctor.plan_workload import Workload
+from longlive.models.wan.config import WanConfig
+from longlive.models.wan.model import CausalWan
+from longlive.modules.optimizer import MuonAdamW
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How weights are spread, and what is kept for backward.
+
+    Attributes:
+        num_shards: ranks that every parameter is divided over; 1: each holds all.
+        num_replicas: groups of `num_shards` ranks, each holding all; their gradients are averaged.
+        gathered_itemsize: bytes per number of gathered parameters.
+        reduced_itemsize: bytes per number of gradients on their way.
+        reshard_after_forward: whether a block's parameters are dropped after its forward and gathered again.
+        activation_checkpointing: 0: never; n: every n-th block is computed again in backward.
+    """
+
+    num_shards: int = 1
+    num_replicas: int = 1
+    gathered_itemsize: int = FLOAT32
+    reduced_itemsize: int = FLOAT32
+    reshard_after_forward: bool = True
+    activation_checkpointing: int = 0
+
+    def num_checkpointed(self, num_layers: int) -> int:
+        """Blocks that are computed twice."""
+        return len(range(0, num_layers, self.activation_checkpointing)) if self.activation_checkpointing else 0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers in a network's parameters, and bytes of the optimizer's state for all of them.
+
+    Attributes:
+        num_parameters: all.
+        block: of one block.
+        num_blocks: blocks.
+        timestep: of the timestep's layers, which are gathered in float32 whatever the rest is gathered in.
+        matrices: of the weights that autocast converts.
+        optimizer_bytes: of the optimizer's state.
+        muon: of the matrices that Muon needs whole.
+    """
+
+    num_parameters: int
+    block: int
+    num_blocks: int
+    timestep: int
+    matrices: int
+    optimizer_bytes: int
+    muon: int = 0
+
+    def gathered_bytes(self, num_blocks: int, itemsize: int) -> int:
+        """Of everything outside the blocks, and of so many blocks, gathered."""
+        rest = self.num_parameters - self.num_blocks * self.block - self.timestep
+        return (rest + num_blocks * self.block) * itemsize + self.timestep * FLOAT32
+
+
+def count_weights(
+    model: WanConfig, make_optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
+) -> Weights:
+    """Count on the meta device; the optimizer's state by taking one step there."""
+    with torch.device("meta"):
+        network = CausalWan(model)
+    parameters = dict(network.named_parameters())
+    total = sum(parameter.numel() for parameter in parameters.values())
+    block = sum(parameter.numel() for parameter in network.blocks[0].parameters())
+    for parameter in parameters.values():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer = make_optimizer([(f"network.{name}", parameter) for name, parameter in parameters.items()])
+    optimizer.step()
+    state = [value for entries in optimizer.state.values() for value in entries.values()]
+    by_muon = optimizer.parts[0].param_groups if isinstance(optimizer, MuonAdamW) else []
+    return Weights(
+        num_parameters=total,
+        block=block,
+        num_blocks=model.num_layers,
+        timestep=sum(p.numel() for name, p in parameters.items() if name.startswith("time_")),
+        matrices=sum(p.numel() for name, p in parameters.items() if p.ndim > 1 and not name.startswith("time_")),
+        optimizer_bytes=sum(value.nbytes for value in state if isinstance(value, torch.Tensor) and value.ndim),
+        muon=sum(parameter.numel() for group in by_muon for parameter in group["params"]),
+    )
+
+
+def weight_memory(
+    weights: Weights, sharding: Sharding, *, accumulation: int, has_average: bool, autocast: bool
+) -> dict[str, int]:
+    """Bytes per rank that do not depend on the clip, by name."""
+    shards = sharding.num_shards
+    share = -(-weights.num_parameters * FLOAT32 // shards)
+    memory = {
+        "parameters": share,
+        "gradients": share,
+        "optimizer state": -(-weights.optimizer_bytes // shards),
+    }
+    if has_average:
+        memory["average (EMA)"] = share
+    if shards > 1:
+        num_blocks = min(2, weights.num_blocks) if sharding.reshard_after_forward else weights.num_blocks
+        memory["gathered parameters"] = weights.gathered_bytes(num_blocks, sharding.gathered_itemsize)
+        if accumulation > 1:
+            memory["gradients held whole while accumulating"] = weights.num_parameters * sharding.reduced_itemsize
+    if autocast and (shards == 1 or sharding.gathered_itemsize == FLOAT32):
+        memory["bfloat16 copies of the weights"] = 2 * weights.matrices
+    return memory
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Bytes per number of what is saved.
+
+    Attributes:
+        compute: of the features between operations: 4, or 2 under bf16-mixed.
+        attention: of queries, keys and values as the attention kernel saves them.
+        fused_norm: whether RMS norms keep their input alone.
+    """
+
+    compute: int
+    attention: int
+    fused_norm: bool
+
+    @classmethod
+    def of(cls, precision: str, device_type: str) -> Numbers:
+        """For `32-true` or `bf16-mixed` on `cpu` or `cuda`."""
+        compute = 2 if precision == "bf16-mixed" else FLOAT32
+        return cls(compute, FLOAT32 if device_type == "cpu" else compute, device_type != "cpu")
+
+    def norm(self, dim: int) -> int:
+        """Bytes that an RMS norm over `dim` features saves."""
+        return (self.compute * dim if self.fused_norm else 2 * FLOAT32 * dim) + 4
+
+
+def block_activations(workload: Workload, rank: int, numbers: Numbers) -> dict[str, int]:
+    """Bytes that one block saves for backward, by name."""
+    model, tokens, frames = workload.model, workload.tokens(rank), workload.frames(rank)
+    dim, c, a = model.dim, numbers.compute, numbers.attention
+    # A kernel in another dtype than the features keeps converted copies of all keys, else of those that it joins.
+    copied = workload.key_tokens(only_joined=a == c)
+    kept = 4 if a == c else 2
+    text = workload.num_prompts * workload.text_tokens
+    per_frame = (6 + 2) * dim * FLOAT32
+    cross_norm = (FLOAT32 if a == c else c) * dim + 8 if model.cross_attn_norm else 0
+    converted = 0 if a == c else c * dim
+    return {
+        "modulated norms": tokens * 2 * (8 * dim + 8 + c * dim) + frames * per_frame,
+        "gated sums": tokens * 2 * FLOAT32 * dim,
+        "query and key norms": tokens * 3 * numbers.norm(dim),
+        "self-attention": tokens * (kept * a * dim + 4 * model.num_heads + c * dim),
+        "copies of keys and values": 2 * copied * a * dim // workload.size,
+        "cross-attention": tokens * (cross_norm + c * dim + 2 * a * dim + 4 * model.num_heads + converted),
+        "prompts' keys and values": (
+            text * numbers.norm(dim) + 2 * workload.prompt_rows(rank) * workload.text_tokens * a * dim
+        ),
+        "feed-forward": tokens * 2 * c * model.ffn_dim,
+    }
+
+
+def outer_activations(workload: Workload, rank: int, numbers: Numbers) -> int:
+    """Bytes that the network saves outside its blocks: embeddings, rotation, head, velocity."""
+    model, tokens, frames = workload.model, workload.tokens(rank), workload.frames(rank)
+    c, dim = numbers.compute, model.dim
+    area = model.patch_size[1] * model.patch_size[2]
+    per_token = model.in_channels * area * c + 2 * model.head_dim * FLOAT32
+    per_token += 8 * dim + 8 + c * dim + model.out_channels * area * FLOAT32
+    per_frame = (model.freq_dim + 5 * dim) * FLOAT32
+    text = workload.num_prompts * workload.text_tokens * c * (model.text_dim + 3 * dim)
+    return tokens * per_token + frames * per_frame + text
+
+
+def activation_memory(workload: Workload, rank: int, numbers: Numbers, sharding: Sharding) -> dict[str, int]:
+    """Bytes per rank that live at the turn from forward to backward, by name."""
+    block = sum(block_activations(workload, rank, numbers).values())
+    tokens, num_layers = workload.tokens(rank), workload.model.num_layers
+    num_checkpointed = sharding.num_checkpointed(num_layers)
+    memory = {"outside the blocks": outer_activations(workload, rank, numbers)}
+    if num_checkpointed:
+        memory["inputs of checkpointed blocks"] = num_checkpointed * tokens * workload.model.dim * numbers.compute
+        memory["one block, computed again"] = block
+    if num_checkpointed < num_layers:
+        memory["blocks"] = (num_layers - num_checkpointed) * block
+    memory["widest gradients"] = 2 * tokens * workload.model.ffn_dim * numbers.compute
+    return memory
