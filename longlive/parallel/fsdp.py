@@ -25,23 +25,21 @@ measures it).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from longlive.models.wan.model import CausalWan
-from longlive.models.wan.weights import StoredTensor, stored_weights
-from longlive.typing import Tensor
+from longlive.parallel.materialise import local_part, materialise
+
+__all__ = ["ShardingOptions", "local_part", "materialise", "shard_network", "sharding_mesh"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -92,7 +90,8 @@ class ShardingOptions:
 def shard_network(
     network: CausalWan, mesh: DeviceMesh, options: ShardingOptions, ranks_per_node: int | None = None
 ) -> CausalWan:
-    """Shard a network in place, best while it is on meta: `materialise` then gives every rank its own part alone.
+    """Shard a network in place, best while it is on meta: `materialise` then gives every rank its own
+    part alone.
 
     Args:
         network: whole. Its parameters become DTensors, under the same names.
@@ -156,50 +155,3 @@ def _reshard_without_backward(network: nn.Module, args: Any, output: Any) -> Non
         for module in network.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-
-@torch.no_grad()
-def materialise(
-    network: CausalWan, device: torch.device | str, weights: str | Path | None = None, seed: int = 0
-) -> None:
-    """Give a network that was built on meta its memory and its weights, sharded or whole.
-
-    No rank ever holds more than its own part and one whole tensor (drawn), or its own part alone (read): of a file it
-    reads its own rows. Numbers do not depend on how many ranks there are.
-
-    Args:
-        network: on meta, or its weights are lost; parameters keep their dtypes.
-        device: where to.
-        weights: safetensors as `load_weights` takes them. None: `initial_weights(seed)`.
-        seed: of the initial weights.
-
-    Raises:
-        ValueError: on every rank, if the weights are none of this network's; see `load_weights`.
-    """
-    tensors: Iterable[tuple[str, Tensor | StoredTensor]]
-    tensors = network.initial_weights(seed) if weights is None else stored_weights(network, weights)
-    network.to_empty(device=torch.device(device))
-    for name, tensor in tensors:
-        part, where = local_part(network.get_parameter(name))
-        if part.numel():
-            part.copy_(tensor[where])
-
-
-def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """This rank's part of a parameter, and which part of the whole it is. A plain tensor is all there.
-
-    Raises:
-        ValueError: for a DTensor that is neither replicated nor in runs of rows.
-    """
-    whole = tuple(slice(0, size) for size in parameter.shape)
-    if not isinstance(parameter, DTensor):
-        return parameter.detach(), whole
-    part, where = parameter.to_local(), whole
-    for axis, placement in enumerate(parameter.placements):
-        if placement == Shard(0):
-            rows = -(-parameter.shape[0] // parameter.device_mesh.size(axis))
-            start = min(rows * parameter.device_mesh.get_local_rank(axis), parameter.shape[0])
-            where = (slice(start, start + part.shape[0]), *whole[1:])
-        elif not placement.is_replicate():
-            raise ValueError(f"a parameter placed as {placement} is no run of rows; shard it by shard_network")
-    return part, where

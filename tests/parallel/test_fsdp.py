@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from contextlib import contextmanager
 from functools import cache, partial
 
 import pytest
@@ -15,11 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.distributed import RankError, run_on_ranks
 from longlive.models.attention import ChunkedAttention
 from longlive.models.visibility import VisibilityRule, teacher_forcing_segments
-from longlive.models.wan import weights as wan_weights
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
-from longlive.models.wan.weights import save_weights
-from longlive.parallel.fsdp import ShardingOptions, local_part, materialise, shard_network
+from longlive.parallel.fsdp import ShardingOptions, shard_network
+from longlive.parallel.materialise import local_part, materialise
 
 CONFIG = WanConfig.tiny(
     num_layers=3, dim=36, ffn_dim=50, num_heads=2, in_channels=4, out_channels=4, text_dim=10, freq_dim=16
@@ -73,14 +71,14 @@ def expected(num_samples):
     return mean.detach(), {name: parameter.grad for name, parameter in network.named_parameters()}
 
 
-def sharded_network(options=None, sequence_ranks=1, ranks_per_node=None, weights=None):
+def sharded_network(options=None, sequence_ranks=1, ranks_per_node=None):
     mesh = init_device_mesh(
         "cpu",
         (dist.get_world_size() // sequence_ranks, sequence_ranks),
         mesh_dim_names=("data_parallel", "sequence_parallel"),
     )
     network = shard_network(on_meta(), mesh, options or ShardingOptions(), ranks_per_node)
-    materialise(network, "cpu", weights)
+    materialise(network, "cpu")
     with torch.no_grad():
         part, where = local_part(network.head.head.weight)
         part.copy_(draw(*network.head.head.weight.shape, seed=7)[where])
@@ -331,123 +329,6 @@ def test_gathering_in_bfloat16_leaves_time_and_weights_in_float32():
         assert seen["parameters"] == seen["gradients"] == {torch.float32}
         # The modulation's table is rounded too, which autocast does not do: it must not show.
         assert error < 1.2 * autocast_error
-
-
-def parts(weights, options, ranks_per_node=None):
-    network = shard_network(
-        on_meta(), init_device_mesh("cpu", (dist.get_world_size(),)), ShardingOptions(**options), ranks_per_node
-    )
-    materialise(network, "cpu", weights, seed=3)
-    return {name: full(tensor) for name, tensor in network.state_dict().items()}
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_initial_weights_do_not_depend_on_the_number_of_ranks(num_ranks):
-    wanted = CausalWan(CONFIG)
-    wanted.init_weights(seed=3)
-    for state in run_on_ranks(parts, num_ranks, None, {}):
-        assert all(torch.equal(state[name], tensor) for name, tensor in wanted.state_dict().items())
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Random weights in both namings, in several files."""
-    network = whole_network(seed=5)
-    tensors = {
-        name: draw(*tensor.shape, seed=index) for index, (name, tensor) in enumerate(network.state_dict().items())
-    }
-    folders = {naming: tmp_path_factory.mktemp("weights") / naming for naming in ("original", "diffusers")}
-    for naming, folder in folders.items():
-        save_weights(tensors, CONFIG, folder, naming, max_shard_bytes=20_000)
-        assert len(list(folder.glob("*.safetensors"))) > 3
-    return tensors, folders
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "naming", "hybrid"),
-    [(1, "diffusers", False), (2, "diffusers", False), (4, "original", False), (4, "diffusers", True)],
-)
-def test_stored_weights_reach_every_rank_bit_for_bit(saved, naming, num_ranks, hybrid):
-    tensors, folders = saved
-    ranks_per_node = max(num_ranks // 2, 1)
-    for state in run_on_ranks(parts, num_ranks, folders[naming], {"replicate_across_nodes": hybrid}, ranks_per_node):
-        assert list(state) == list(tensors)
-        assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
-
-
-@contextmanager
-def counted_reads():
-    """Every tensor that leaves a safetensors file while the context lasts: its bytes."""
-    reads, open_file = [], wan_weights.safe_open
-
-    class CountedSlice:
-        def __init__(self, stored):
-            self.get_shape, self.stored = stored.get_shape, stored
-
-        def __getitem__(self, where):
-            part = self.stored[where]
-            reads.append(part.nbytes)
-            return part
-
-    class CountedFile:
-        def __init__(self, *args, **kwargs):
-            self.file = open_file(*args, **kwargs)
-
-        def __enter__(self):
-            self.file.__enter__()
-            return self
-
-        def __exit__(self, *exception):
-            self.file.__exit__(*exception)
-
-        def keys(self):
-            return self.file.keys()
-
-        def get_slice(self, name):
-            return CountedSlice(self.file.get_slice(name))
-
-    wan_weights.safe_open = CountedFile
-    try:
-        yield reads
-    finally:
-        wan_weights.safe_open = open_file
-
-
-def bytes_read(folder):
-    network = shard_network(on_meta(), init_device_mesh("cpu", (dist.get_world_size(),)), ShardingOptions())
-    with counted_reads() as reads:
-        materialise(network, "cpu", folder)
-    parts = [parameter.to_local().nbytes for parameter in network.parameters()]
-    return sum(reads), sum(parts), max(reads), max(parts)
-
-
-def test_a_rank_reads_its_own_rows_alone(saved):
-    """Catches the whole file read on every rank: 80 GB of host memory on a node of eight."""
-    whole = sum(tensor.nbytes for tensor in saved[0].values())
-    ranks = run_on_ranks(bytes_read, 4, saved[1]["diffusers"])
-    for read, held, largest_read, largest_held in ranks:
-        assert read == held
-        assert largest_read == largest_held
-    assert sum(read for read, *_ in ranks) == whole
-
-
-def message_of_refusal(folder):
-    network = sharded_network()
-    before = {name: full(tensor).clone() for name, tensor in network.state_dict().items()}
-    with pytest.raises(ValueError, match="does not fit the network") as raised:
-        materialise(network, "cpu", folder)
-    assert all(torch.equal(full(tensor), before[name]) for name, tensor in network.state_dict().items())
-    return str(raised.value)
-
-
-def test_other_weights_are_refused_on_every_rank(saved, tmp_path):
-    """Catches one rank that raises while the others wait for it."""
-    tensors = {name: tensor for name, tensor in saved[0].items() if not name.startswith("blocks.2")}
-    smaller = WanConfig.tiny(**{**vars(CONFIG), "num_layers": 2})
-    save_weights(tensors, smaller, tmp_path / "smaller")
-    messages = run_on_ranks(message_of_refusal, 2, tmp_path / "smaller")
-    assert messages[0] == messages[1]
-    assert "missing: blocks.2.modulation" in messages[0]
 
 
 def hybrid_mesh(ranks_per_node):

@@ -1,0 +1,62 @@
+"""Weights for a network that was built on meta and perhaps sharded there: no rank ever holds the whole of it.
+
+Initial weights and files both hand out one named tensor at a time (`CausalWan.initial_weights`, `stored_weights`). A
+rank takes its own rows of each. Of a file it reads no others; initial weights it draws whole, one tensor after the
+other, so that numbers do not depend on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor, Shard
+
+from longlive.models.wan.model import CausalWan
+from longlive.models.wan.weights import StoredTensor, stored_weights
+from longlive.typing import Tensor
+
+
+@torch.no_grad()
+def materialise(
+    network: CausalWan, device: torch.device | str, weights: str | Path | None = None, seed: int = 0
+) -> None:
+    """Give a network that was built on meta its memory and its weights, sharded or whole.
+
+    Args:
+        network: on meta, or its weights are lost; parameters keep their dtypes.
+        device: where to.
+        weights: safetensors as `load_weights` takes them. None: `initial_weights(seed)`.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: on every rank, if the weights are none of this network's; see `load_weights`.
+    """
+    tensors: Iterable[tuple[str, Tensor | StoredTensor]]
+    tensors = network.initial_weights(seed) if weights is None else stored_weights(network, weights)
+    network.to_empty(device=torch.device(device))
+    for name, tensor in tensors:
+        part, where = local_part(network.get_parameter(name))
+        if part.numel():
+            part.copy_(tensor[where])
+
+
+def local_part(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """This rank's part of a parameter, and which part of the whole it is. A plain tensor is all there.
+
+    Raises:
+        ValueError: for a DTensor that is neither replicated nor in runs of rows.
+    """
+    whole = tuple(slice(0, size) for size in parameter.shape)
+    if not isinstance(parameter, DTensor):
+        return parameter.detach(), whole
+    part, where = parameter.to_local(), whole
+    for axis, placement in enumerate(parameter.placements):
+        if placement == Shard(0):
+            rows = -(-parameter.shape[0] // parameter.device_mesh.size(axis))
+            start = min(rows * parameter.device_mesh.get_local_rank(axis), parameter.shape[0])
+            where = (slice(start, start + part.shape[0]), *whole[1:])
+        elif not placement.is_replicate():
+            raise ValueError(f"a parameter placed as {placement} is no run of rows; shard it by shard_network")
+    return part, where
