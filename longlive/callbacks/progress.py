@@ -38,7 +38,7 @@ class RunProgress(ProgressBar):
         self._console = Console(stderr=True)
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._last_line = 0.0
+        self._last_line = float("-inf")
         self._start = (0.0, 0)
 
     def disable(self) -> None:
