@@ -40,6 +40,16 @@ def test_the_network_is_built_by_configure_model_and_once(settings: dict[str, An
         assert tensor.device.type == "cpu", name
 
 
+def test_a_default_device_changes_nothing_in_how_the_network_is_built(settings: dict[str, Any]) -> None:
+    """Lightning builds it with the accelerator as torch's default device; meta stands in for one here."""
+    plain, within = (TeacherForcingModule(**settings) for _ in range(2))
+    plain.configure_model()
+    with torch.device("meta"):
+        within.configure_model()
+    for name, tensor in within.trained_network.state_dict().items():
+        assert torch.equal(tensor, plain.trained_network.state_dict()[name]), name
+
+
 def test_initial_weights_are_a_function_of_the_seed(settings: dict[str, Any]) -> None:
     modules = [TeacherForcingModule(**(settings | {"seed": seed})) for seed in (3, 3, 4)]
     for number, module in enumerate(modules):
