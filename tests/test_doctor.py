@@ -1,5 +1,6 @@
 """The doctor tells the truth about what works, and one broken thing never hides the others."""
 
+import importlib.metadata
 import json
 import re
 import tomllib
@@ -35,7 +36,8 @@ def test_json_lists_every_check_with_what_works_here(capsys: pytest.CaptureFixtu
     # What this project cannot do without.
     for name in ("torch", "lightning", "diffusers", "transformers", "fp32", "bf16", "SDPA math", "encode h264"):
         assert rows[name]["works"], rows[name]
-    assert rows["torch"]["detail"] == torch.__version__
+    # The distribution's version: wheels of the package index leave the CUDA version to torch.__version__.
+    assert rows["torch"]["detail"] == importlib.metadata.version("torch")
     assert rows["cuda"]["works"] == torch.cuda.is_available()
 
 
@@ -91,7 +93,8 @@ def test_an_installed_package_that_cannot_be_imported_does_not_work(monkeypatch:
     monkeypatch.setattr(packages.importlib, "import_module", fail)
     finding = Check("versions", "torch", lambda: packages.probe_package("torch", "torch")).run()
     assert not finding.works
-    assert f"{torch.__version__} is installed, but import torch fails: RuntimeError: Could not find" in finding.detail
+    version = importlib.metadata.version("torch")
+    assert f"{version} is installed, but import torch fails: RuntimeError: Could not find" in finding.detail
 
 
 def test_a_package_that_is_absent_says_how_to_get_it() -> None:

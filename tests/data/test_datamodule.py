@@ -3,12 +3,14 @@
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import warnings
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -111,6 +113,10 @@ def test_a_resumed_run_draws_what_the_interrupted_one_would_have_drawn(
     assert first + rest == whole
 
 
+def call_pickled(function: bytes) -> None:
+    pickle.loads(function)()
+
+
 def test_a_run_killed_without_warning_resumes_exactly(pristine_shards: Path, tmp_path: Path) -> None:
     class Kill(Callback):
         def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
@@ -126,7 +132,9 @@ def test_a_run_killed_without_warning_resumes_exactly(pristine_shards: Path, tmp
     def killed() -> None:
         train(data(), 10, callbacks=[checkpoints(), Kill()], enable_checkpointing=True, val_check_interval=3)
 
-    process = multiprocessing.get_context("fork").Process(target=killed)
+    # Spawned, because neither CUDA nor autograd's threads survive a fork.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    process = context.Process(target=call_pickled, args=(cloudpickle.dumps(killed),))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

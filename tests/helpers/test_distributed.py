@@ -25,7 +25,7 @@ def test_every_rank_takes_part_and_results_come_back_in_rank_order(start_method)
 
 
 def test_a_backward_pass_runs_on_a_rank_after_one_in_the_parent():
-    """Forked autograd threads would hang or refuse; most tests ran a backward pass before they start ranks."""
+    """Autograd's threads would hang or refuse after a fork; most tests ran a backward pass before ranks start."""
 
     def gradient() -> torch.Tensor:
         weight = torch.ones(3, requires_grad=True)
@@ -33,7 +33,7 @@ def test_a_backward_pass_runs_on_a_rank_after_one_in_the_parent():
         return weight.grad
 
     expected = gradient()
-    for result in run_on_ranks(gradient, 2, start_method="fork"):
+    for result in run_on_ranks(gradient, 2):
         torch.testing.assert_close(result, expected)
 
 
