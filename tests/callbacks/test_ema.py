@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
+from helpers.distributed import run_on_ranks
 from helpers.runs import assert_same, fake_batches, fit, tiny_module
 from longlive.callbacks.ema import EMA, averaged_weights
 
@@ -230,3 +236,63 @@ def test_averaged_weights_of_a_checkpoint_without_an_average_are_its_weights():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         EMA(**settings)
+
+
+class Layers(LightningModule):
+    """Two layers of three rows, so that ranks hold one or two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+        with torch.no_grad():
+            for index, parameter in enumerate(self.parameters()):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+    def train_once(self) -> None:
+        """A step of gradient descent; gradients of the same batch are the same on all ranks."""
+        self(torch.ones(2, 4)).square().sum().backward()
+        for parameter in self.parameters():
+            parameter.data.add_(parameter.grad, alpha=-0.01)
+            parameter.grad = None
+
+
+def _swapping(sharded: bool) -> list[torch.Tensor]:
+    module, x = Layers(), torch.ones(2, 4)
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(module.layers[0], mesh=mesh)
+        fully_shard(module.layers, mesh=mesh)
+    ema = started(module, decay=0.5)
+    outputs = []
+    for step in (1, 2):
+        module.train_once()
+        ema.update(module, step)
+        with torch.no_grad():
+            outputs.append(module(x))  # FSDP2 keeps the root's parameters whole after this
+            with ema.averaged(module):
+                outputs.append(module(x))
+            outputs.append(module(x))
+    if sharded:
+        assert all(isinstance(average, DTensor) for average in ema.average.values())
+        copy = EMA()
+        copy.load_state_dict(ema.state_dict())
+        assert_same({name: _full(a) for name, a in copy.average.items()}, {n: _full(a) for n, a in ema.average.items()})
+    return [*outputs, *(_full(average) for average in ema.average.values())]
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def test_on_shards_the_average_stands_in_for_the_weights_as_on_one_rank():
+    """FSDP2 reads memory of its own, not the parameters: exchanging those, the average is never used. It also keeps
+    whole copies after a forward pass: the average would stay in them, and training would go on from it."""
+    expected = _swapping(False)
+    assert not torch.equal(expected[0], expected[1])
+    assert torch.equal(expected[0], expected[2])
+    for found in run_on_ranks(_swapping, 2, True):
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)

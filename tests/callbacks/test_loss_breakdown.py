@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from helpers.distributed import run_on_ranks
 from helpers.runs import MemoryLogger, fake_batches, fit, tiny_module
 from longlive.callbacks.loss_breakdown import LossBreakdown, breakdown
 
@@ -174,3 +176,30 @@ def test_a_run_resumed_inside_an_interval_logs_the_mean_of_the_whole_interval(tm
     fit(tiny_module(), batches[4:], [breakdown_resumed], resumed, checkpoint=tmp_path / "4.ckpt", max_steps=6)
     assert resumed.logged == whole.logged[1:]
     assert breakdown_resumed.last_loss == whole.of("train/loss")[5]
+
+
+def _interrupted(loaded: dict[str, Any] | None) -> tuple[dict[str, Any], list[list[float]]]:
+    """A batch inside an interval, with another loss on every rank: what is saved then, and what the ranks sum up to."""
+    rank = dist.get_rank()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    type(trainer.strategy).is_global_zero = property(lambda self: rank == 0)
+    module, callback = tiny_module(), LossBreakdown(100)
+    if loaded is not None:
+        callback.load_state_dict(loaded)
+        callback.on_train_start(trainer, module)
+    batch = torch.tensor([[1.0 + rank] * COLUMNS, [1.0] * COLUMNS])
+    callback._sums = batch if callback._sums is None else callback._sums + batch
+    checkpoint = {"callbacks": {callback.state_key: callback.state_dict()}}
+    callback.on_save_checkpoint(trainer, module, checkpoint)
+    return checkpoint["callbacks"][callback.state_key], module.sum_over_ranks(callback._sums).tolist()
+
+
+def test_sums_of_all_ranks_are_saved_and_continued_by_any_number_of_ranks():
+    """Rank 0's sums alone, given to every rank of the next start, count its part of the clip as often as there are
+    ranks, and the others' not at all."""
+    saved = run_on_ranks(_interrupted, 4, None)[0][0]
+    assert saved["sums"].tolist() == [[1 + 2 + 3 + 4] * COLUMNS, [4] * COLUMNS]
+    for num_ranks in (1, 2):
+        for state, sums in run_on_ranks(_interrupted, num_ranks, saved):
+            assert sums == [[10 + sum(range(1, num_ranks + 1))] * COLUMNS, [4 + num_ranks] * COLUMNS]
+            assert state["sums"].tolist() == sums

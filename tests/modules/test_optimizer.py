@@ -6,9 +6,15 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon
 
+from helpers.distributed import run_on_ranks
 from longlive.modules.optimizer import MuonAdamW
 
 
@@ -93,3 +99,88 @@ def test_a_closure_is_evaluated_once_with_gradients():
 def test_a_network_without_blocks_is_told_to_use_adamw():
     with pytest.raises(ValueError, match=r"0 matrices inside `blocks` and 2 other parameters.*optimizer=adamw"):
         MuonAdamW(nn.Linear(3, 3).named_parameters(), lr=0.1, adamw_lr=0.1)
+
+
+def test_its_state_dict_is_that_of_one_ordinary_optimizer():
+    """Whoever saves shards by parameter name, or reads a state, finds every parameter in it, numbered through."""
+    net = Net()
+    optimizer = make(net)
+    train(net, [optimizer], range(2))
+    state = optimizer.state_dict()
+    assert [group["params"] for group in state["param_groups"]] == [[0, 1], [2, 3, 4]]
+    assert state["param_groups"][0]["param_names"] == ["blocks.0.weight", "blocks.1.weight"]
+    assert {index: set(values) for index, values in state["state"].items()} == {
+        index: {"momentum_buffer"} if index < 2 else {"step", "exp_avg", "exp_avg_sq"} for index in range(5)
+    }
+
+
+def _shard(net: Net) -> Net:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def _step_on_shards(steps: range) -> list[torch.Tensor]:
+    """Steps with the gradients that one process has, so that only the optimizer's arithmetic can differ."""
+    whole, sharded = Net(), _shard(Net())
+    theirs, ours = make(whole), make(sharded)
+    for step in steps:
+        theirs.zero_grad()
+        whole.loss(step).backward()
+        for parameter, reference in zip(sharded.parameters(), whole.parameters(), strict=True):
+            assert isinstance(parameter, DTensor)
+            assert reference.grad is not None
+            parameter.grad = distribute_tensor(reference.grad, parameter.device_mesh, parameter.placements)
+        theirs.step()
+        ours.step()
+    momenta = [values["momentum_buffer"] for values in ours.state.values() if "momentum_buffer" in values]
+    assert all(isinstance(momentum, DTensor) for momentum in momenta)
+    return [p.full_tensor().detach() for p in sharded.parameters() if isinstance(p, DTensor)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_on_shards_it_does_what_it_does_on_whole_matrices(num_ranks):
+    """Orthogonalised shard by shard, or from partial products in bfloat16, the steps go elsewhere; six rows on four
+    ranks leave one of them none."""
+    net = Net()
+    train(net, [make(net)], range(4))
+    for weights in run_on_ranks(_step_on_shards, num_ranks, range(4)):
+        for ours, theirs in zip(weights, net.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def _by_name() -> list[bool]:
+    sharded = _shard(Net())
+    optimizer = make(sharded)
+    for step in range(3):
+        optimizer.zero_grad()
+        _backward(sharded, step)
+        optimizer.step()
+    state = get_optimizer_state_dict(sharded, optimizer)
+    assert state["state"].keys() == dict(sharded.named_parameters()).keys()
+    other = make(sharded)
+    set_optimizer_state_dict(sharded, other, state)
+    assert other.parts[0].state is other.state
+    return [
+        torch.equal(_whole(other.state[parameter][key]), _whole(value))
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    ]
+
+
+def _backward(net: Net, step: int) -> None:
+    for index, parameter in enumerate(net.parameters()):
+        gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(10 * step + index))
+        assert isinstance(parameter, DTensor)
+        parameter.grad = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def test_torch_reads_and_sets_its_state_by_parameter_name():
+    for equal in run_on_ranks(_by_name, 2):
+        assert len(equal) == 2 + 3 * 3
+        assert all(equal)

@@ -15,7 +15,15 @@ from helpers.distributed import run_on_ranks
 from helpers.runs import assert_same
 from helpers.sharded_runs import bare, checkpoint_of, flat_mesh
 from longlive.parallel.checkpoint import AtomicCheckpointIO, find_checkpoint, load_checkpoint, newest_checkpoint
-from longlive.parallel.checkpoint_directory import ShardReader, clean, map_tensors, read_whole, remove, split
+from longlive.parallel.checkpoint_directory import (
+    ShardReader,
+    ShardWriter,
+    clean,
+    map_tensors,
+    read_whole,
+    remove,
+    split,
+)
 from longlive.parallel.sharded_checkpoint import ShardedCheckpoints
 
 
@@ -84,7 +92,7 @@ def test_loading_never_runs_code_from_the_directory(directory, monkeypatch, name
 def test_an_entry_that_would_be_unpickled_later_is_refused(directory, monkeypatch):
     """Where the metadata promise an object that is no tensor, torch unpickles it without a question."""
     monkeypatch.chdir(directory.parent)
-    dcp.save({"state_dict/extra": Malicious()}, checkpoint_id=directory, no_dist=True)
+    dcp.save({"state_dict/extra": Malicious()}, storage_writer=ShardWriter(directory, overwrite=True), no_dist=True)
     with pytest.raises(ValueError, match=r"\.metadata holds state_dict/extra, which is no tensor"):
         read_whole(directory)
     with pytest.raises(ValueError, match="holds state_dict/extra"):
