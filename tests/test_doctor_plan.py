@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers.distributed import run_on_ranks
 from longlive import doctor
 from longlive.codecs.wan import WanVideoCodec
 from longlive.config import compose
@@ -33,6 +36,7 @@ from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
 from longlive.modules.optimizer import MuonAdamW
 from longlive.parallel.layout import balanced_layout
+from longlive.parallel.ulysses import UlyssesAttention
 
 RECIPE_5B = (
     *("model=ti2v_5b", "codec=wan", "text=umt5", "precision=bf16-mixed"),
@@ -62,23 +66,24 @@ def workload(
     )
 
 
-def loss_of(network: CausalWan, work: Workload) -> torch.Tensor:
-    """One forward of teacher forcing, with a prompt of its own for every chunk."""
-    samples, frames = work.batch_size, work.num_frames
-    prompt_index = torch.arange(work.num_prompts).view(samples, -1).repeat(1, 2)
+def loss_of(network: CausalWan, work: Workload, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """One rank's forward of teacher forcing, with a prompt of its own for every chunk."""
+    samples, frames = work.batch_size, 2 * work.num_frames // work.size
+    prompt_index = torch.arange(work.num_prompts).view(samples, -1)[:, : work.num_chunks // work.size]
     segments = work.layout.delivered(work.tokens_per_chunk)
+    attention = ChunkedAttention(segments, torch.zeros(samples, work.num_chunks, dtype=torch.int64), work.rule)
     velocity = network(
-        latents=torch.randn(samples, 2 * frames, work.model.in_channels, work.height, work.width),
-        timesteps=torch.rand(samples, 2 * frames),
+        latents=torch.randn(samples, frames, work.model.in_channels, work.height, work.width),
+        timesteps=torch.rand(samples, frames),
         prompt_embeds=torch.randn(work.num_prompts, work.text_tokens, work.model.text_dim),
-        prompt_index=prompt_index,
-        frame_positions=torch.arange(frames).repeat(samples, 2),
-        attention=ChunkedAttention(segments, torch.zeros(samples, work.num_chunks, dtype=torch.int64), work.rule),
+        prompt_index=prompt_index.repeat(1, 2),
+        frame_positions=torch.arange(frames).repeat(samples, 1),
+        attention=attention if group is None else UlyssesAttention(attention, group),
     )
     return velocity.float().square().mean()
 
 
-def saved_bytes(work: Workload, precision: str) -> int:
+def saved_bytes(work: Workload, precision: str, group: dist.ProcessGroup | None = None) -> int:
     """Bytes of the distinct storages that autograd keeps for backward, parameters left out."""
     network = CausalWan(work.model)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
@@ -92,7 +97,7 @@ def saved_bytes(work: Workload, precision: str) -> int:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16-mixed"),
     ):
-        loss_of(network, work)
+        loss_of(network, work, group)
     return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in parameters)
 
 
@@ -116,6 +121,18 @@ def test_activations_are_what_autograd_saves(work: Workload, precision: str) -> 
             "bfloat16 copies of the weights"
         ]
     assert planned == pytest.approx(saved_bytes(work, precision), rel=0.01)
+
+
+def _saved_on_every_rank(work: Workload) -> None:
+    planned = activation_memory(work, dist.get_rank(), Numbers.of("32-true", "cpu"), Sharding())
+    counted = saved_bytes(work, "32-true", dist.group.WORLD)
+    assert sum(planned.values()) - planned["widest gradients"] == pytest.approx(counted, rel=0.01)
+
+
+def test_activations_of_sequence_ranks_are_what_autograd_saves() -> None:
+    """The copies of keys and values are of a share of the heads, everything else of a share of the tokens."""
+    work = replace(workload(num_layers=2, num_frames=24), layout=balanced_layout(6, 2))
+    run_on_ranks(_saved_on_every_rank, 2, work)
 
 
 def test_activation_checkpointing_keeps_inputs_and_one_block() -> None:

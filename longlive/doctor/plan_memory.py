@@ -22,10 +22,14 @@ plus, for `ChunkedAttention`, the copies of the keys and values of every rectang
 the one term that grows with the square of the clip); the keys and values of every piece's prompt; and a few vectors per
 frame. With activation checkpointing every block keeps its input (`c d` per token) and only one block at a time all of
 this. `norm` is `c d + 4` with a fused kernel (CUDA); on a CPU it is `8 d + 4`, and attention there is float32
-(`a` = 4).
+(`a` = 4), so that under bf16-mixed it holds converted copies of all keys and values.
 
 Not in the model: what lives only inside a kernel or between two operations, except the gradients of the
 feed-forward's hidden features, the widest (`2 c m` per token), the allocator's fragmentation, and CUDA's own context.
+
+Measured on one H200 (torch 2.11; 6 blocks of 1536 features, 32,768 and 65,536 tokens, 26 to 107 GiB): what is alive
+after a forward is within 0.2 % of this, the peak of forward and backward 0.6 to 2.4 % below it; with activation
+checkpointing the peak is 11 to 14 % below.
 """
 
 from __future__ import annotations
