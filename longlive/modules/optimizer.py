@@ -6,7 +6,7 @@ every direction moves by the same amount; it is defined for matrices only. With 
 scratch gets there in a fraction of the steps; tuning a pretrained one is AdamW's business.
 
 The nearest orthogonal matrix is a property of the whole matrix. Where matrices are shards, the momentum stays a shard,
-and its matrix is gathered, one at a time, orthogonalised on every rank alike, and dropped: the same numbers as on one
+and matrices are gathered, one at a time, stepped whole on every rank alike, and dropped: the same numbers as on one
 rank. (Left to DTensor, torch's Muon sums partial products in bfloat16 and ends up elsewhere.)
 """
 
@@ -19,9 +19,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
-
-from longlive.typing import Tensor
 
 
 class ShardedMuon(Muon):
@@ -37,27 +34,26 @@ class ShardedMuon(Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters: list[Tensor] = []
-            gradients: list[Tensor] = []
-            momenta: list[Tensor] = []
-            self._init_group(group, parameters, gradients, momenta)
-            for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
-                _step_of_shards(parameter, gradient, momentum, group)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_of_shards(parameter, group)
         return loss
 
-
-def _step_of_shards(parameter: Tensor, gradient: Tensor, momentum: Tensor, group: dict[str, Any]) -> None:
-    """What torch's Muon does to a matrix, line by line, with the whole matrix where it is needed."""
-    momentum.lerp_(gradient, 1 - group["momentum"])
-    direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-    assert isinstance(parameter, DTensor)
-    assert isinstance(direction, DTensor)
-    whole = _zeropower_via_newtonschulz(
-        direction.full_tensor(), group["ns_coefficients"], group["ns_steps"], group["eps"]
-    )
-    update = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-    parameter.add_(update, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape))
+    def _step_of_shards(self, parameter: DTensor, group: dict[str, Any]) -> None:
+        gradient = parameter.grad
+        assert isinstance(gradient, DTensor)
+        momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(gradient))
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        assert isinstance(direction, DTensor)
+        # The momentum is in the direction already; the rest is one step of torch's Muon without any.
+        whole = nn.Parameter(parameter.full_tensor())
+        whole.grad = direction.full_tensor()
+        same = ("lr", "weight_decay", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
+        Muon([whole], momentum=0.0, nesterov=False, **{name: group[name] for name in same}).step()
+        parameter.copy_(
+            distribute_tensor(whole.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
+        )
 
 
 class MuonAdamW(Optimizer):

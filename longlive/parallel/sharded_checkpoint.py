@@ -42,7 +42,7 @@ from longlive.parallel.checkpoint_directory import (
     read_tree,
     split,
 )
-from longlive.parallel.fsdp import local_part
+from longlive.parallel.materialise import local_part
 from longlive.typing import Tensor
 
 Result = TypeVar("Result")
