@@ -29,8 +29,8 @@ from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
 from longlive.parallel.checkpoint import check_same_shapes, with_frozen
 from longlive.parallel.codec_halo import clip_window, encode_window
-from longlive.parallel.fsdp import materialise
 from longlive.parallel.layout import check_heads
+from longlive.parallel.materialise import materialise
 from longlive.parallel.mesh import ALONE, SequenceShare
 from longlive.parallel.strategy import ShardedStrategy
 from longlive.rollout.engine import RolloutEngine, RolloutSettings

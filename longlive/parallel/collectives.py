@@ -8,10 +8,10 @@ exchanges cost three latencies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from longlive.typing import Float, Heads, Tensor
 
@@ -25,19 +25,27 @@ def all_to_all(parts: Float[Tensor, "size *rest"], group: dist.ProcessGroup) -> 
     size = group.size()
     if parts.shape[0] != size:
         raise ValueError(f"{parts.shape[0]} parts cannot be dealt out to {size} ranks; give one part for every rank")
-    return _ContiguousGradient.apply(all_to_all_single_autograd(parts.contiguous(), None, None, group))
+    received: Tensor = _AllToAll.apply(parts, group)
+    return received
 
 
-class _ContiguousGradient(torch.autograd.Function):
-    """The identity. Its gradient is contiguous, as the exchange of the gradient needs it."""
+class _AllToAll(torch.autograd.Function):
+    """The gradient of an exchange is the exchange of the gradient.
+
+    torch's functional collectives have a differentiable one, too. It returns before it is done, and on gloo its buffers
+    may be freed by then: now and then the result was garbage, or the heap was.
+    """
 
     @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, parts.contiguous(), group=group)
+        return received
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient.contiguous()
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return all_to_all(gradient, ctx.group), None
 
 
 def gather_sequence(tensors: Sequence[Heads], group: dist.ProcessGroup) -> tuple[Float[Tensor, "b all_l share e"], ...]:

@@ -37,9 +37,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from longlive.models.wan.model import CausalWan
-from longlive.parallel.materialise import local_part, materialise
-
-__all__ = ["ShardingOptions", "local_part", "materialise", "shard_network", "sharding_mesh"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

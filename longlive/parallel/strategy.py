@@ -16,13 +16,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 
 from longlive.models.wan.model import CausalWan
 from longlive.parallel.fsdp import ShardingOptions, shard_network
+from longlive.parallel.launcher import JointLauncher, end_with_launcher, exit_soon
 from longlive.parallel.layout import MakeLayout, balanced_layout, contiguous_layout
 from longlive.parallel.mesh import SEQUENCE, SequenceShare, make_mesh
 from longlive.parallel.sharded_checkpoint import ShardedCheckpoints
@@ -56,12 +57,20 @@ class ShardedStrategy(ModelParallelStrategy):
         self.sequence_parallel_size: int | None = 1
         self.codec_context = "auto"
 
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = JointLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
     def setup_environment(self) -> None:
-        """Start the processes and build the mesh.
+        """Connect the processes and build the mesh.
 
         Raises:
             ValueError: if the sequence ranks do not divide the processes.
         """
+        end_with_launcher()
+        assert self.accelerator is not None
+        self.accelerator.setup_device(self.root_device)
         self._setup_distributed()
         if self.sequence_parallel_size is None:
             self.sequence_parallel_size = self.num_processes
@@ -78,7 +87,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def shard(self, network: CausalWan) -> CausalWan:
         """Shard a network over all ranks, in place. It may be on the meta device."""
-        return shard_network(network, self.device_mesh, self.sharding)
+        return shard_network(network, self.device_mesh, self.sharding, ranks_per_node=self.num_processes)
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
@@ -102,6 +111,9 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Fill model and optimizers; returns the rest."""
         return self.checkpoints.load(self, checkpoint_path)
+
+    def on_exception(self, exception: BaseException) -> None:
+        exit_soon()
 
     def teardown(self) -> None:
         self.checkpoints.wait()
@@ -146,3 +158,10 @@ class ContiguousSPStrategy(SequenceParallelStrategy):
     """The conventional split of `[all clean | all noisy]`, for comparison."""
 
     make_layout: ClassVar[MakeLayout] = staticmethod(contiguous_layout)
+
+
+# So that `Trainer(strategy="balanced_sp")` finds them; by name they have their defaults. Here and not in the package's
+# `__init__`, which `longlive --help` reads without torch: whoever has one of our modules has imported this.
+StrategyRegistry.register("balanced_sp", BalancedSPStrategy, "clips shared by ranks with equal work")
+StrategyRegistry.register("contiguous_sp", ContiguousSPStrategy, "clips shared by ranks, the conventional split")
+StrategyRegistry.register("fsdp2", ShardedStrategy, "parameters sharded over all ranks")

@@ -231,9 +231,9 @@ class CountCommunication(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).split(".")[1] if "c10d" in str(func) else ""
-        if name.startswith("all_to_all"):
+        if name.startswith("alltoall"):
             self.calls["all_to_all"] += 1
-            self.bytes["all_to_all"] += args[0].nbytes * (self.size - 1) // self.size
+            self.bytes["all_to_all"] += args[1].nbytes * (self.size - 1) // self.size
         elif "reduce_scatter" in name:
             self.calls["reduce_scatter"] += 1
         return func(*args, **(kwargs or {}))

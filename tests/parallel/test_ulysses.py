@@ -47,7 +47,7 @@ def test_heads_that_the_ranks_do_not_divide_are_refused() -> None:
         segments = balanced_layout(2, 2).delivered(1)
         attention = UlyssesAttention(ChunkedAttention(segments, SHOTS[:, :2], VisibilityRule()), dist.group.WORLD)
         x = torch.zeros(2, 2, 3, 8)
-        with pytest.raises(ValueError, match="sequence_parallel_size=2 does not divide model.num_heads=3; use 1 or 3"):
+        with pytest.raises(ValueError, match="sequence_parallel_size=2 does not divide"):
             attention(x, x, x, rotation(torch.zeros(2, 2), 1, 1, 8), layer=0)
 
     run_on_ranks(run, 2)

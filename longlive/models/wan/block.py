@@ -42,10 +42,11 @@ def gated_sum(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 
 
 class WidthNorm(nn.RMSNorm):
-    """RMS norm over the full width, across heads, in the dtype of the input: under autocast the weight follows it."""
+    """RMS norm over the full width, across heads, in the dtype of the input: under autocast the weight follows it.
+    (On CUDA, autocast of newer torch computes it in float32, and would leave queries and keys in that.)"""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
 class QKVProjection(nn.Module):
