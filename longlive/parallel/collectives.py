@@ -16,7 +16,7 @@ import torch.distributed as dist
 from longlive.typing import Float, Heads, Tensor
 
 
-def all_to_all(parts: Float[Tensor, "size *rest"], group: dist.ProcessGroup) -> Float[Tensor, "size *rest"]:
+def all_to_all(parts: Float[Tensor, "size ..."], group: dist.ProcessGroup) -> Float[Tensor, "size ..."]:
     """Part j goes to rank j of the group; part j of the result came from rank j.
 
     Raises:
