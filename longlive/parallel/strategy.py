@@ -115,6 +115,11 @@ class ShardedStrategy(ModelParallelStrategy):
     def on_exception(self, exception: BaseException) -> None:
         exit_soon()
 
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Delete a checkpoint, once those that are being written are complete."""
+        if self.is_global_zero:
+            self.checkpoints.remove(filepath)
+
     def teardown(self) -> None:
         self.checkpoints.wait()
         super().teardown()
