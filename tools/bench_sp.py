@@ -462,11 +462,10 @@ def compare(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for name, variant in variants.items():
         by_round = zip(variant["step_seconds_by_round"], balanced["step_seconds_by_round"], strict=True)
         ratios = [theirs / ours for theirs, ours in by_round]
-        scale = {
-            key: max(rank["counted"][key] for rank in variant["ranks"])
-            / max(1, *(rank["counted"][key] for rank in balanced["ranks"]))
-            for key in ("raw_frames", "codec_flops", "network_flops")
-        }
+        scale = {}
+        for key in ("raw_frames", "codec_flops", "network_flops"):
+            theirs, ours = (max(rank["counted"][key] for rank in of["ranks"]) for of in (variant, balanced))
+            scale[key] = theirs / ours if ours else 1.0
         by_phase = {"read": scale["raw_frames"], "encode": scale["codec_flops"]} | dict.fromkeys(
             ("forward", "backward"), scale["network_flops"]
         )
@@ -494,6 +493,7 @@ def _most(variant: dict[str, Any], name: str) -> float:
 def measure(settings: argparse.Namespace) -> dict[str, Any]:
     """The whole record."""
     torch.set_num_threads(settings.threads)
+    load_average = os.getloadavg()[0]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as shards, Progress(transient=True) as progress:
         task = progress.add_task("writing clips", total=settings.rounds * len(settings.frames) * len(VARIANTS))
@@ -533,7 +533,7 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "hardware": hardware(settings),
-        "load_average": os.getloadavg()[0],
+        "load_average": load_average,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "settings": {name: value for name, value in vars(settings).items() if name != "json"},
         "clips": found,
@@ -598,12 +598,12 @@ def show(record: dict[str, Any]) -> None:
             console.print(
                 f"[bold]{name} / balanced[/bold]: step {ratio['step']:.2f}x (rounds {lowest:.2f} .. {highest:.2f}), "
                 f"CPU time {ratio['cpu']:.2f}x, explained {ratio['explained_by_counted_work']:.2f}x\n"
-                f"  counted: raw frames {counted['raw_frames']:.2f}x, codec FLOPs {counted['codec_flops']:.2f}x, network "
-                f"FLOPs {counted['network_flops']:.2f}x; attention sends {sent} B per rank, layer and clip, as counted",
+                f"  counted: raw frames {counted['raw_frames']:.2f}x, codec FLOPs {counted['codec_flops']:.2f}x, "
+                f"network FLOPs {counted['network_flops']:.2f}x; attention sends {sent} B per rank, layer and clip, as counted",
                 highlight=False,
             )
     console.print(
-        f"{record['hardware']}, load average {record['load_average']:.1f}; torch {record['versions']['torch']}; commit "
+        f"{record['hardware']}, load average before {record['load_average']:.1f}; torch {record['versions']['torch']}; commit "
         f"{record['commit']}; {record['settings']['rounds']} rounds of {record['settings']['steps']} steps"
     )
 
