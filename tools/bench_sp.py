@@ -26,10 +26,12 @@ torch's profiler, the seconds from steps without. *Sent*: bytes to other ranks, 
 
 Every variant runs in fresh processes, the variants in turn, round after round. Figures are medians over the measured
 steps of all rounds; the first step of a process is not measured. A step is as long as its slowest rank's. *CPU time* is
-what the rank's process computed: other jobs on the machine change it least. *Counted* is
-what `longlive doctor plan` counts; tokens, loss tokens, raw frames and bytes of attention and codec that differ from it
-stop the benchmark. *Explained* is the ratio of steps if the balanced seconds are scaled by counted work alone: read by
-raw frames, encode by the codec's FLOPs, the network's phases by its FLOPs, each of the busiest rank.
+what the rank's process computed: other jobs on the machine change it least.
+
+*Counted* is what `longlive doctor plan` counts; tokens, loss tokens, raw frames and bytes of attention and codec that
+differ from it stop the benchmark. *Explained* is the ratio of steps that counted work alone would make: read scaled by
+raw frames, encode by the codec's FLOPs, the network's phases by its FLOPs, each of the busiest rank; once the balanced
+seconds are scaled up, once the other variant's down. The two differ where seconds per unit of work do.
 """
 
 from __future__ import annotations
@@ -469,20 +471,24 @@ def compare(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
         by_phase = {"read": scale["raw_frames"], "encode": scale["codec_flops"]} | dict.fromkeys(
             ("forward", "backward"), scale["network_flops"]
         )
-        explained = []
-        for rank in balanced["ranks"]:
-            seconds = rank["seconds"]
-            scaled = sum(by_phase.get(phase, 1.0) * value for phase, value in seconds.items())
-            explained.append(scaled / sum(seconds.values()))
+        ours, theirs = (_mean_seconds(of) for of in (balanced, variant))
+        more = sum(by_phase.get(phase, 1.0) * value for phase, value in ours.items())
+        less = sum(value / by_phase.get(phase, 1.0) for phase, value in theirs.items())
         found[name] = {
             "step": variant["step_seconds"] / balanced["step_seconds"],
             "cpu": _most(variant, "cpu_seconds") / _most(balanced, "cpu_seconds"),
             "lowest_of_rounds": min(ratios),
             "highest_of_rounds": max(ratios),
-            "explained_by_counted_work": statistics.mean(explained),
+            "explained_by_counted_work": [more / sum(ours.values()), sum(theirs.values()) / less],
             "counted": scale,
         }
     return found
+
+
+def _mean_seconds(variant: dict[str, Any]) -> dict[str, float]:
+    """Of the ranks, by phase."""
+    ranks = variant["ranks"]
+    return {phase: statistics.mean(rank["seconds"][phase] for rank in ranks) for phase in ranks[0]["seconds"]}
 
 
 def _most(variant: dict[str, Any], name: str) -> float:
@@ -595,16 +601,19 @@ def show(record: dict[str, Any]) -> None:
         for name, ratio in clips["ratios_to_balanced"].items():
             counted, sent = ratio["counted"], clips["variants"][name]["attention_bytes_per_layer_and_clip"]
             lowest, highest = ratio["lowest_of_rounds"], ratio["highest_of_rounds"]
+            more, less = ratio["explained_by_counted_work"]
             console.print(
                 f"[bold]{name} / balanced[/bold]: step {ratio['step']:.2f}x (rounds {lowest:.2f} .. {highest:.2f}), "
-                f"CPU time {ratio['cpu']:.2f}x, explained {ratio['explained_by_counted_work']:.2f}x\n"
+                f"CPU time {ratio['cpu']:.2f}x, explained {more:.2f}x and {less:.2f}x\n"
                 f"  counted: raw frames {counted['raw_frames']:.2f}x, codec FLOPs {counted['codec_flops']:.2f}x, "
-                f"network FLOPs {counted['network_flops']:.2f}x; attention sends {sent} B per rank, layer and clip, as counted",
+                f"network FLOPs {counted['network_flops']:.2f}x; attention sends {sent} B per rank, layer and clip, as "
+                "counted",
                 highlight=False,
             )
+    versions, settings = record["versions"], record["settings"]
     console.print(
-        f"{record['hardware']}, load average before {record['load_average']:.1f}; torch {record['versions']['torch']}; commit "
-        f"{record['commit']}; {record['settings']['rounds']} rounds of {record['settings']['steps']} steps"
+        f"{record['hardware']}, load average before {record['load_average']:.1f}; torch {versions['torch']}; commit "
+        f"{record['commit']}; {settings['rounds']} rounds of {settings['steps']} steps"
     )
 
 
