@@ -22,13 +22,12 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 
 from longlive.models.wan.model import CausalWan
+from longlive.parallel.codec_halo import CODEC_CONTEXTS
 from longlive.parallel.fsdp import ShardingOptions, shard_network
 from longlive.parallel.launcher import JointLauncher, end_with_launcher, exit_soon
 from longlive.parallel.layout import MakeLayout, balanced_layout, contiguous_layout
 from longlive.parallel.mesh import SEQUENCE, SequenceShare, make_mesh
 from longlive.parallel.sharded_checkpoint import ShardedCheckpoints
-
-CODEC_CONTEXTS = ("auto", "exchange", "halo")
 
 
 class ShardedStrategy(ModelParallelStrategy):
