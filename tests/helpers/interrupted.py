@@ -19,6 +19,8 @@ from helpers.runs import overrides
 from longlive.data.batch import VideoBatch
 
 POLL_SECONDS = 0.05
+LOOK_EVERY = 50
+"""Calls between two looks at the disk."""
 
 
 class Drawn(Callback):
@@ -34,38 +36,47 @@ class Drawn(Callback):
 
 
 class CountCalls(Callback):
-    """How many Python and C functions are called between the moments that a `Kill` can count from and the next step.
+    """Counts calls of Python and C functions from the moments that a `Kill` knows: to the next step, or until the
+    checkpoint has its name.
 
     Attributes:
         calls: by kind of moment and global step.
+
+    Args:
+        steps: to be counted; counting is slow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.calls: dict[tuple[str, int], int] = {}
         self._number = 0
         self._since: dict[tuple[str, int], int] = {}
 
     def _count(self, frame: FrameType, event: str, argument: object) -> None:
         self._number += event in ("call", "c_call")
+        for kind, step in [*self._since] if self._number % LOOK_EVERY == 0 else ():
+            if kind == "save" and ("written", step) not in self._since and unfinished(self.root):
+                self._since["written", step] = self._number
+            elif kind == "written" and not unfinished(self.root):
+                self._close("save", "written")
 
-    def _close(self) -> None:
-        self.calls |= {moment: self._number - since for moment, since in self._since.items()}
-        self._since = {}
+    def _close(self, *kinds: str) -> None:
+        for moment in [moment for moment in self._since if moment[0] in kinds]:
+            self.calls[moment] = self._number - self._since.pop(moment)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.root = trainer.default_root_dir
         self._since["setup", 0] = self._number
         sys.setprofile(self._count)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._close()
+        self._close("setup", "step")
+        if trainer.global_step == self.steps:
+            sys.setprofile(None)
         self._since["step", trainer.global_step] = self._number
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._since["save", trainer.global_step] = self._number
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        sys.setprofile(None)
-        self._close()
 
 
 class Kill(Callback):
@@ -73,24 +84,33 @@ class Kill(Callback):
 
     Args:
         rank: whose process.
-        kind: what the calls are counted from: `"setup"` of the fit, the start of the `"step"` or of the `"save"`.
+        kind: what the calls are counted from: `"setup"` of the fit, the start of the `"step"` or of the `"save"`, or
+            the first thing that the save has `"written"`.
         step: Lightning's `global_step` at that moment.
         calls: calls of Python and C functions after it.
-        directory: where `began-<rank>` and `killed` are written.
+        directory: where `began-<rank>` and `killed` are written; `killed` lists what was being saved.
     """
 
     def __init__(self, rank: int, kind: str, step: int, calls: int, directory: str) -> None:
         self.rank, self.moment, self.calls, self.directory = rank, (kind, step), calls, Path(directory)
+        self.waits_for_file = kind == "written"
+        self._number = 0
 
     def _count(self, frame: FrameType, event: str, argument: object) -> None:
-        self.calls -= event in ("call", "c_call")
+        if event not in ("call", "c_call"):
+            return
+        self._number += 1
+        if self.waits_for_file and self._number % LOOK_EVERY == 0:
+            self.waits_for_file = not unfinished(self.root)
+        self.calls -= not self.waits_for_file
         if self.calls <= 0:
             sys.setprofile(None)
-            (self.directory / "killed").touch()
+            (self.directory / "killed").write_text(" ".join(unfinished(self.root)))
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _at(self, kind: str, trainer: Trainer) -> None:
         if trainer.global_rank == self.rank and (kind, trainer.global_step) == self.moment:
+            self.root = trainer.default_root_dir
             sys.setprofile(self._count)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -104,6 +124,13 @@ class Kill(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._at("save", trainer)
+        self._at("written", trainer)
+
+
+def unfinished(directory: str | Path) -> list[str]:
+    """What a run is writing or replacing among its checkpoints."""
+    folder = Path(directory, "checkpoints")
+    return [name for name in os.listdir(folder) if name.startswith(".")] if folder.exists() else []
 
 
 class Fail(Callback):
@@ -168,7 +195,7 @@ class Command:
         return self.log.read_text()
 
     def processes(self) -> list[int]:
-        """Ids of all that runs, ranks and their data workers; a process that ended and waits for its parent does not."""
+        """Ids of all that run, ranks and their data workers; one that ended and waits for its parent does not."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and f"directory={self.directory}" in _text(entry / "cmdline").split("\0"):

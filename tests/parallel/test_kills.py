@@ -1,0 +1,134 @@
+"""`kill -9` of any one rank, at random moments of a run on two: what is on the disk always continues to the same end.
+
+The ranks are forked, so that many kills are cheap; `test_launcher.py` kills whole commands.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from helpers.distributed import RankError, run_on_ranks
+from helpers.interrupted import CountCalls, Kill, override
+from helpers.runs import assert_same, curves, run, write_toyworld
+from longlive.parallel.checkpoint import load_checkpoint, newest_checkpoint
+
+STEPS, INTERVAL, RANKS = 6, 2, 2
+NUM_KILLS = 20
+KILLS_IN_A_ROW = 5
+SETTINGS = (
+    "strategy=balanced_sp",
+    f"trainer.devices={RANKS}",
+    f"trainer.max_steps={STEPS}",
+    "trainer.log_every_n_steps=3",
+    "data.global_batch_size=4",
+    f"callbacks.checkpoint.every_n_train_steps={INTERVAL}",
+)
+"""Checkpoints fall inside log intervals, and two batches make a step."""
+
+Calls = dict[tuple[str, int], int]
+
+
+def train(directory: Path, shards: Path, *more: str) -> list[Calls]:
+    """The run on all ranks; what `CountCalls` counted on each, if it is among its callbacks."""
+
+    def each() -> Calls:
+        trainer = run(directory, shards, *SETTINGS, *more)
+        counts = [callback.calls for callback in trainer.callbacks if isinstance(callback, CountCalls)]
+        return counts[0] if counts else {}
+
+    return run_on_ranks(each, RANKS, init_process_group=False, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_toyworld(tmp_path_factory.mktemp("shards"))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An uninterrupted run, and how many calls each rank makes between its moments."""
+
+    directory: Path
+    calls: list[Calls]
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory) -> Whole:
+    directory = tmp_path_factory.mktemp("whole")
+    return Whole(directory, train(directory, shards, override("count", CountCalls, steps=INTERVAL)))
+
+
+def moments(whole: Whole, seed: int) -> Iterator[tuple[int, str, int, int]]:
+    """Rank, kind of moment, step after the one that the run continues from, calls after that."""
+    draw = random.Random(seed)
+    for number in range(NUM_KILLS):
+        rank = draw.randrange(RANKS)
+        kind = "setup" if number % 10 == 9 else ("step", "save", "step", "written")[number % 4]
+        steps = {"setup": 0, "step": draw.randrange(INTERVAL)}.get(kind, INTERVAL)
+        yield rank, kind, steps, 1 + draw.randrange(whole.calls[rank][kind, steps])
+
+
+def curve_values(directory: Path) -> dict[str, dict[int, float]]:
+    """Those that do not measure time."""
+    return {tag: curve for tag, curve in curves(directory).items() if not tag.startswith("throughput/")}
+
+
+def final_state(directory: Path) -> dict[str, object]:
+    """All that a run's last checkpoint holds, but how long it took and where it lies."""
+    saved = load_checkpoint(directory / "checkpoints" / f"step-{STEPS:07d}.ckpt")
+    callbacks = {name: saved["callbacks"][name] for name in ("EMA", "LossBreakdown")}
+    names = ("state_dict", "optimizer_states", "lr_schedulers", "VideoDataModule", "global_step")
+    return {name: saved[name] for name in names} | {"callbacks": callbacks}
+
+
+def reached(directory: Path) -> int:
+    """The step of the newest checkpoint, which can be read to its end; 0 if there is none."""
+    newest = newest_checkpoint(directory / "checkpoints")
+    return 0 if newest is None else load_checkpoint(newest)["global_step"]
+
+
+def test_a_run_that_is_killed_at_twenty_random_moments_ends_as_if_it_had_not_been(whole, shards, tmp_path):
+    """Torn checkpoints, samples drawn twice, logs that were not on the disk, leftovers that the next save stumbles
+    over: each needs its own moment to show. On the same ranks, all is equal bit for bit."""
+    outcomes: Counter[str] = Counter()
+    directory = tmp_path / "run-0"
+    for number, (rank, kind, steps, calls) in enumerate(moments(whole, seed=0)):
+        begins_at = reached(directory)
+        if number and (number % KILLS_IN_A_ROW == 0 or begins_at == STEPS):
+            finish(directory, shards, whole, begins_at)
+            directory, begins_at = tmp_path / f"run-{number}", 0
+        notes = tmp_path / f"notes-{number}"
+        notes.mkdir()
+        kill = override(
+            "kill",
+            Kill,
+            rank=rank,
+            kind=kind,
+            step=begins_at + steps if kind != "setup" else 0,
+            calls=calls,
+            directory=notes,
+        )
+        with pytest.raises(RankError):
+            train(directory, shards, kill)
+        assert (notes / "killed").exists(), (rank, kind, steps, calls)
+        if kind != "setup":
+            assert {(notes / f"began-{rank}").read_text() for rank in range(RANKS)} == {str(begins_at)}
+        outcomes["during a save" if (notes / "killed").read_text() else "else"] += 1
+    finish(directory, shards, whole, reached(directory))
+    assert sum(outcomes.values()) == NUM_KILLS
+    assert outcomes["during a save"] >= 4, outcomes
+
+
+def finish(directory: Path, shards: Path, whole: Whole, begins_at: int) -> None:
+    """The last start goes to the end, and all is as in the run that was not killed."""
+    train(directory, shards, override("began", Kill, rank=-1, kind="never", step=0, calls=0, directory=directory))
+    assert (directory / "began-0").read_text() == str(begins_at)
+    assert_same(final_state(directory), final_state(whole.directory))
+    assert curve_values(directory) == curve_values(whole.directory)
+    assert [path.name for path in (directory / "checkpoints").glob(".*")] == []
