@@ -60,7 +60,7 @@ def assert_ended(command: Command, since: float) -> None:
 
 def run_here(directory: Path, shards: Path) -> None:
     """A rank of the same run, without a launcher and without a kill."""
-    run(directory, shards, *TWO_RANKS)
+    run(directory, shards, *TWO_RANKS, "data.num_workers=0")  # a forked rank has no workers
 
 
 def final_state(directory: Path) -> dict[str, Any]:
