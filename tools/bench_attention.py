@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
-import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from longlive.doctor.machine import commit, processor_name
 from longlive.models.attention import ChunkedAttention, FlexAttention, MaskedAttention, TeacherForcingAttention
 from longlive.models.visibility import VisibilityRule, count_entries, count_useful_entries, teacher_forcing_segments
 from longlive.models.wan.rope import rotation
@@ -107,20 +108,7 @@ def hardware(settings: argparse.Namespace) -> str:
     """The name of what computes."""
     if settings.device == "cuda":
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-    return f"{names[0] if names else platform.machine()}, {settings.threads} of {len(names)} cores"
-
-
-def commit() -> str:
-    """The commit of this checkout, marked if the tree differs from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return described.stdout.strip() or "unknown"
+    return f"{processor_name()}, {settings.threads} of {os.cpu_count()} cores"
 
 
 def measure(settings: argparse.Namespace) -> dict[str, Any]:
@@ -148,7 +136,7 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
     medians = {name: statistics.median(seconds[name]) for name in names}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": commit(Path(__file__)),
         "hardware": hardware(settings),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "settings": {name: value for name, value in vars(settings).items() if name != "json"},
