@@ -379,3 +379,13 @@ def test_a_run_without_an_average_trains_and_its_weights_are_its_weights(shards,
     train(compose("train", overrides(tmp_path, shards, "callbacks.ema=null", "trainer.max_steps=2")))
     saved = checkpoint(tmp_path, 2)
     assert_same(averaged_weights(saved), dict(saved["state_dict"]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_gpu_trains_saves_and_resumes(shards, tmp_path):
+    """Lightning builds the network with the GPU as torch's default device: nothing else here would notice."""
+    settings = ("trainer.accelerator=gpu", "trainer.devices=1", "precision=bf16-mixed")
+    run(tmp_path, shards, *settings, "trainer.max_steps=4")
+    trainer = run(tmp_path, shards, *settings, "trainer.max_steps=8")
+    assert trainer.global_step == 8
+    assert all(tensor.isfinite().all() for tensor in checkpoint(tmp_path, 8)["state_dict"].values())
