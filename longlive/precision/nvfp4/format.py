@@ -9,10 +9,11 @@ scale. The *rule* says how scales are chosen and what M and E are, so it is part
 shared by 16 x 16 elements, which makes the codes of the transpose the transpose of the codes.
 
 Every step is one float32 operation with one rounding, in the order of Transformer Engine's reference, so that codes and
-scales are the same bits on every device. Compiled code contracts and approximates: there `quantise` is an opaque
-operator that runs as written. Zero, and blocks whose scale rounds to zero, decode to zero. A matrix that holds an
-infinity or a NaN decodes to NaN everywhere, without a wait for the device: the loss shows it. torchao's
-`nvfp4_quantize` is the same formula, except that it keeps scales above 2^-6.
+scales are the same bits on every device. A compiler would contract and approximate them: `torch.compile` sees one
+opaque operator, which runs as written here. torchao's `nvfp4_quantize` has the same formula, but no scale below 2^-6.
+
+Zero, and a block whose scale rounds to zero, decode to zero. An infinity or a NaN is passed on and not looked for, as
+that would wait for the device: the whole matrix decodes to NaN, or, if its amax is given and finite, the block does.
 
 Memory: x is read twice, once for amax and once for everything else; the second reading goes by groups of rows whose
 intermediate results stay in the processor's cache, and writes 0.5625 bytes per element. Within a group a block lies
@@ -44,8 +45,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "mae": (6.0, 256.0),
     "abs_max": (6.0, 256.0),
 }
-"""(M, E) of a rule: the element and the scale that a matrix's largest magnitude is stored with. The 4/6 rules leave room
-above 256, because the alternative scale is 1.5 times as large."""
+"""(M, E) of a rule: the element and the scale that a matrix's largest magnitude is stored with. The 4/6 rules leave
+room above 256, because the alternative scale is 1.5 times as large."""
 
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 """The fixed sign vector of the random Hadamard transform, Transformer Engine's."""
@@ -58,7 +59,7 @@ GROUP = {"cpu": 1 << 17}
 GROUP_ELSEWHERE = 1 << 26
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantisedTensor:
     """A matrix `[rows k]`, or a batch of them, in NVFP4.
 
@@ -97,7 +98,10 @@ class QuantisedTensor:
         return (self.values().float() * self.global_scale()[..., None, None]).to(dtype)
 
     def transpose(self) -> QuantisedTensor:
-        """The transposed matrices `[... k rows]`, bit for bit what quantising the transpose would give.
+        """The transposed matrices `[... k rows]`, the same numbers.
+
+        Quantising the transpose gives the same bits under a static rule; under a 4/6 rule it sums errors in another
+        order, which can turn a close decision.
 
         Raises:
             ValueError: without tiles: the scales of rows are not those of columns.
@@ -153,7 +157,7 @@ def quantise(
     x = x.detach()
     # A copy: what is stored must not change with what a caller reduces in place later.
     amax = max_magnitude(x) if amax is None else amax.detach().float().clone()
-    packed, scales = _quantise(x, amax, rule, tiles, random_bits)
+    packed, scales = encode(x, amax, rule, tiles, random_bits)
     return QuantisedTensor(packed, scales, amax, rule, tiles)
 
 
@@ -196,11 +200,13 @@ def hadamard(x: Float[Tensor, "*shape k"]) -> Float[Tensor, "*shape k"]:
     k = x.shape[-1]
     if k % BLOCK:
         raise ValueError(f"k={k} of shape {tuple(x.shape)} is no multiple of {BLOCK}; pad to {-(-k // BLOCK) * BLOCK}")
-    # Inputs and R are exact in bfloat16, sums are float32: on a GPU that is what its bfloat16 GEMM does.
+    # Inputs and R are exact in bfloat16, sums are float32: on a GPU that is what its bfloat16 GEMM does. On a CPU such
+    # a GEMM may sum in bfloat16, so that autocast must not ask for it.
     dtype = torch.bfloat16 if x.is_cuda else torch.float32
     rotation = rotation_matrix().to(x.device, dtype)
     groups = x.to(torch.bfloat16).unflatten(-1, (-1, BLOCK)).to(dtype)
-    return (groups @ rotation).to(torch.bfloat16).flatten(-2)
+    with torch.autocast(x.device.type, enabled=False):
+        return (groups @ rotation).to(torch.bfloat16).flatten(-2)
 
 
 def rotation_matrix() -> Float[Tensor, "16 16"]:
@@ -240,28 +246,37 @@ def unswizzle(swizzled: Tensor, rows: int, columns: int) -> Tensor:
     return plain[..., :rows, :columns].contiguous().view(swizzled.dtype)
 
 
-def _quantise(
-    x: Tensor, amax: Tensor, rule: str, tiles: bool, random_bits: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Packed codes and scales, group of rows by group of rows."""
-    k = x.shape[-1]
-    packed = torch.empty((*x.shape[:-1], k // 2), dtype=torch.uint8, device=x.device)
-    scales = torch.empty((*x.shape[:-1], k // BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
+@torch.library.custom_op(
+    "longlive::nvfp4_encode",
+    mutates_args=(),
+    schema="(Tensor x, Tensor amax, str rule, bool tiles, Tensor? random_bits) -> (Tensor, Tensor)",
+)
+def encode(x: Tensor, amax: Tensor, rule: str, tiles: bool, random_bits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Packed codes and scales of what `quantise` has checked, group of rows by group of rows."""
+    packed, scales = _empty(x, amax, rule, tiles, random_bits)
     if not x.numel():
         return packed, scales
+    k = x.shape[-1]
     rows, packed_rows, scale_rows = x.reshape(-1, k), packed.view(-1, k // 2), scales.view(-1, k // BLOCK)
     bits = None if random_bits is None else random_bits.reshape(-1, k)
     amax_of_rows = amax.reshape(-1, 1).expand(-1, x.shape[-2]).flatten()
     step = max(GROUP.get(x.device.type, GROUP_ELSEWHERE) // k // BLOCK, 1) * BLOCK
     for start in range(0, len(rows), step):
         group = slice(start, start + step)
-        packed_rows[group], scale_rows[group] = _quantise_rows(
+        packed_rows[group], scale_rows[group] = _encode_rows(
             rows[group], amax_of_rows[group], rule, tiles, None if bits is None else bits[group]
         )
     return packed, scales
 
 
-def _quantise_rows(
+@encode.register_fake
+def _empty(x: Tensor, amax: Tensor, rule: str, tiles: bool, random_bits: Tensor | None) -> tuple[Tensor, Tensor]:
+    *batch, k = x.shape
+    packed = torch.empty((*batch, k // 2), dtype=torch.uint8, device=x.device)
+    return packed, torch.empty((*batch, k // BLOCK), dtype=torch.float8_e4m3fn, device=x.device)
+
+
+def _encode_rows(
     rows: Tensor, amax_of_rows: Tensor, rule: str, tiles: bool, bits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Packed codes and scales of rows `[r k]`. Everything between is `[16 blocks]` or `[blocks]`."""
@@ -296,12 +311,13 @@ def _quantise_rows(
     decode_scale = encode_scale.reciprocal().repeat_interleave(blocks_per_row)
     amax = amax_of_rows.repeat_interleave(blocks_per_row)
     h = (block_amax / constant(M)) * encode_scale.repeat_interleave(blocks_per_row)
+    h.masked_fill_(block_amax.isinf(), torch.nan)
 
     def to_scale(h: Tensor) -> Tensor:
         # Clamped before the cast: beyond 448 the cast gives NaN before torch 2.12.
         return h.clamp(max=MAX_SCALE).to(torch.float8_e4m3fn)
 
-    def encode(scale: Tensor) -> Tensor:
+    def elements_at(scale: Tensor) -> Tensor:
         inverse = (scale.float() * decode_scale).reciprocal_().clamp_(max=MAX_FLOAT)
         scaled = (magnitude * inverse).clamp_(max=MAX_ELEMENT)
         return round_nearest(scaled) if u is None else round_stochastic(scaled, u)
@@ -318,10 +334,10 @@ def _quantise_rows(
         return over_tile(total, "sum") if tiles else total
 
     scale = to_scale(h)
-    elements = encode(scale)
+    elements = elements_at(scale)
     if rule in ("mse", "mae", "abs_max"):
         scale_4 = to_scale(h * 1.5)
-        elements_4 = encode(scale_4)
+        elements_4 = elements_at(scale_4)
         better = error(elements_4, scale_4) < error(elements, scale)
         elements = torch.where(better, elements_4, elements)
         scale = torch.where(better, scale_4.view(torch.uint8), scale.view(torch.uint8)).view(torch.float8_e4m3fn)
