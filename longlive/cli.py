@@ -46,7 +46,8 @@ _COMMANDS = {
 }
 _DOCTOR = (
     "print versions, devices, and which precisions, kernels and codecs work here; "
-    "longlive doctor plan num_gpus=...: what a training run takes"
+    "longlive doctor plan num_gpus=...: what a training run takes; "
+    "longlive doctor precision precision=...: which layers multiply in it"
 )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins import Precision
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
 from rich.console import Console
@@ -27,13 +28,13 @@ from longlive import __version__
 from longlive.callbacks.ema import averaged_weights
 from longlive.callbacks.sample_video import slug
 from longlive.codecs.base import num_raw_frames
-from longlive.config import instantiate
+from longlive.config import instantiate, to_plain
 from longlive.data.atomic import write_aside
 from longlive.data.video import open_video
 from longlive.data.video_writer import write_mp4
 from longlive.modules.base import LongLiveModule, to_unit_range
 from longlive.parallel.checkpoint import check_same_shapes, find_checkpoint, load_checkpoint, with_frozen
-from longlive.precision.auto import choose_precision
+from longlive.precision.auto import autocast_context
 from longlive.rollout.engine import ChunkReport
 from longlive.rollout.video import Timings, generate_videos
 from longlive.typing import Tensor, UInt8
@@ -72,6 +73,9 @@ def generate(config: DictConfig) -> dict[str, Any]:
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]} must be at least 1")
     metric = None if config.metric is None else instantiate(config.metric)
+    precision: Precision | str = instantiate(config.precision)
+    if isinstance(precision, Precision):
+        precision.convert_module(module)
 
     directory = Path(config.directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -86,7 +90,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
             "width": width,
             "fps": fps,
             "rollout": asdict(settings),
-            "precision": choose_precision(config.precision),
+            "precision": precision if isinstance(precision, str) else to_plain(config.precision),
             "prompts": prompts,
         },
         "version": __version__,
@@ -101,7 +105,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
     engine = module.rollout_engine(settings)
     batches = [waiting[i : i + config.batch_size] for i in range(0, len(waiting), config.batch_size)]
     timings: list[Timings] = []
-    with progress_bar() as progress, _autocast(config.precision, module.device):
+    with progress_bar() as progress, autocast_context(precision, module.device):
         task = progress.add_task("generating", total=len(batches) * num_chunks)
 
         def advance(report: ChunkReport) -> None:
@@ -291,7 +295,3 @@ def _check_directory(directory: Path, record: dict[str, Any]) -> dict[str, Any]:
 def _write_json(path: Path, record: Mapping[str, Any]) -> None:
     with write_aside(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _autocast(precision: str, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=choose_precision(precision).startswith("bf16"))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -29,7 +30,6 @@ from longlive.parallel.checkpoint import (
     with_frozen,
 )
 from longlive.parallel.strategy import ShardedStrategy
-from longlive.precision.auto import choose_precision
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +66,14 @@ def make_trainer(config: DictConfig) -> Trainer:
     """The Trainer of a config, with its precision, strategy, callbacks and loggers."""
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
     loggers = [instantiate(logger) for logger in config.logger.values() if logger is not None]
+    precision: Precision | str = instantiate(config.precision)
+    is_plugin = isinstance(precision, Precision)
     trainer: Trainer = instantiate(
         config.trainer,
         callbacks=callbacks,
         logger=loggers,
-        plugins=[AtomicCheckpointIO()],
-        precision=choose_precision(config.precision),
+        plugins=[AtomicCheckpointIO(), *([precision] if is_plugin else [])],
+        precision=None if is_plugin else precision,
         strategy=config.strategy,
     )
     return trainer
@@ -102,6 +104,7 @@ def _save_config(module: LongLiveModule, directory: Path) -> None:
 def _quieten() -> None:
     """Leave out what libraries say of themselves; what they warn of a run stays."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # kernels of other machines that it cannot load
     for message in (
         "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning's own use of torch
         "Total length of `list` across ranks is zero",  # a run without validation data

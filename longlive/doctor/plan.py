@@ -193,7 +193,7 @@ def make_plan(config: DictConfig, machine: Machine) -> Plan:
         sharding,
         accumulation=accumulation,
         has_average=any(isinstance(callback, EMA) for callback in callbacks),
-        autocast=precision == "bf16-mixed",
+        autocast=precision != "32-true",
     )
     always["codec"] = sum(tensor.nbytes for tensor in (*codec.parameters(), *codec.buffers()))
     sampling = max(

@@ -18,7 +18,6 @@ from longlive.data.sample import ClipSpec
 from longlive.doctor.plan_memory import FLOAT32, Sharding
 from longlive.modules.teacher_forcing import TeacherForcingModule
 from longlive.parallel.strategy import ShardedStrategy
-from longlive.precision.auto import choose_precision
 from longlive.text.base import TextEncoder
 from longlive.typing import PromptEmbeds
 
@@ -61,9 +60,14 @@ class Machine:
 
 
 def precision_of(config: DictConfig, machine: Machine) -> str:
-    """The precision; `auto` is what it comes to on that machine, which need not be this one."""
-    by_device = {"cuda": "bf16-mixed", "cpu": "32-true"}
-    return choose_precision(by_device[machine.device] if config.precision == "auto" else config.precision)
+    """The precision; `auto` is what it comes to on that machine, which need not be this one. So is the backend of a
+    plugin, which is not asked whether it runs here."""
+    settings = config.precision
+    if "backend" in settings:
+        return str(instantiate(settings, backend="auto").precision)
+    if settings.precision == "auto":
+        return {"cuda": "bf16-mixed", "cpu": "32-true"}[machine.device]
+    return str(instantiate(settings))
 
 
 def strategy_of(config: DictConfig | str) -> ShardedStrategy | str:

@@ -25,6 +25,8 @@ from longlive import __version__
 from longlive.doctor import compute, packages, video
 from longlive.doctor.check import Check, Finding
 
+_SUBCOMMANDS = {"plan": "longlive.doctor.plan_report", "precision": "longlive.doctor.precision"}
+
 
 def report() -> Iterator[Finding]:
     """Run every check, in the order in which they are printed; a first compile alone can take half a minute."""
@@ -84,16 +86,16 @@ def checks() -> list[Check]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report as tables, or with `--json` as a list of objects; returns 0. `plan ...` is another command
-    (`longlive.doctor.plan_report`)."""
+    """Print the report as tables, or with `--json` as a list of objects; returns 0. `plan ...` and
+    `precision ...` are other commands (`longlive.doctor.plan_report`, `longlive.doctor.precision`)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] == "plan":
+    if arguments and arguments[0] in _SUBCOMMANDS:
         with _quiet_logs():
-            plan_report = importlib.import_module("longlive.doctor.plan_report")
-        return int(plan_report.main(arguments[1:]))
+            return int(importlib.import_module(_SUBCOMMANDS[arguments[0]]).main(arguments[1:]))
     parser = argparse.ArgumentParser(
         prog="longlive doctor",
-        description="What works on this machine, and why not. What a training run takes: longlive doctor plan --help",
+        description="What works on this machine, and why not. What a training run takes: longlive doctor plan --help. "
+        "What a precision does to a network: longlive doctor precision --help",
     )
     parser.add_argument("--json", action="store_true", help="print a list of {group, name, works, detail}")
     options = parser.parse_args(arguments)

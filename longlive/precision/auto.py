@@ -1,6 +1,10 @@
-"""`precision=`: the names that train, and `auto`, the fastest of them that this machine multiplies in hardware."""
+"""`precision=`: the names that Lightning knows and that train here, and `auto`, the faster of them that this machine
+multiplies in hardware. The others (`nvfp4`, `fp8`) are plugins."""
+
+from contextlib import AbstractContextManager
 
 import torch
+from lightning.pytorch.plugins import Precision
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """float32; or bfloat16 matrix products over float32 weights, gradients and optimizer. Weights that are bfloat16
@@ -24,3 +28,10 @@ def choose_precision(precision: str) -> str:
     else:
         has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
     return "bf16-mixed" if has_bf16 else "32-true"
+
+
+def autocast_context(precision: str | Precision, device: torch.device) -> AbstractContextManager[object]:
+    """In which a network runs without a Trainer: what a Trainer of this precision would have around its steps."""
+    if isinstance(precision, Precision):
+        return precision.forward_context()
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
