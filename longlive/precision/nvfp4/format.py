@@ -109,7 +109,7 @@ class QuantisedTensor:
         if not self.tiles:
             raise ValueError("tiles=False: scales of 1 x 16 blocks do not transpose; quantise with tiles=True")
         scales = self.scales.view(torch.uint8)[..., ::BLOCK, :].mT.repeat_interleave(BLOCK, dim=-2)
-        packed = pack(unpack(self.packed).mT)
+        packed = pack(unpack(self.packed).mT).contiguous()
         return replace(self, packed=packed, scales=scales.contiguous().view(torch.float8_e4m3fn))
 
 
