@@ -1,0 +1,215 @@
+"""A linear layer whose GEMMs are NVFP4: the same Parameters, another forward.
+
+`NVFP4Linear` takes the place of an `nn.Linear` and keeps its `weight` and `bias`, so that checkpoints, averages,
+sharding and LoRA see no difference. What is computed is the recipe's (`recipe.py`, `gemms.py`), who computes it the
+backend.
+
+`materialize()` drops the master weight of a frozen layer: codes, scales and amax stay as the buffers `weight_packed`,
+`weight_scale` and `weight_amax`, 0.5625 bytes per weight. They are in the state dict under these names, with the scale
+rule in the state dict's metadata; a layer that is given such a state becomes a packed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from longlive.precision.nvfp4.backends.base import Backend
+from longlive.precision.nvfp4.format import BLOCK, RULES, QuantisedTensor, Rule, quantise
+from longlive.precision.nvfp4.recipe import NVFP4Recipe, StepClock, largest_over
+from longlive.typing import Float, Tensor
+
+__all__ = ["NVFP4Linear", "NVFP4Recipe", "StepClock", "largest_over", "reason_against"]
+
+MULTIPLE = 32
+"""In and out features are multiples of this: FP4 GEMMs address whole groups of 16 bytes."""
+
+RULE_KEY = "nvfp4_rule"
+"""In a layer's state-dict metadata."""
+
+
+def reason_against(linear: nn.Module) -> str | None:
+    """Why a layer cannot become an `NVFP4Linear`; None: it can."""
+    if isinstance(linear, NVFP4Linear):
+        return "is NVFP4 already"
+    if type(linear) is not nn.Linear:
+        return f"is {type(linear).__name__}, not nn.Linear"
+    for name, size in (("in_features", linear.in_features), ("out_features", linear.out_features)):
+        if size % MULTIPLE:
+            return f"{name}={size} is no multiple of {MULTIPLE}"
+    if isinstance(linear.weight, DTensor):
+        return "is sharded already; convert before sharding"
+    if linear.weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"weight is {linear.weight.dtype}, not float32 or bfloat16"
+    return None
+
+
+class NVFP4Linear(nn.Linear):
+    """`x W^T + b` by an NVFP4 recipe.
+
+    Args:
+        in_features, out_features: multiples of 32.
+        recipe: what is quantised how.
+        backend: who computes it.
+        name: names the layer's random bits; one name in a network.
+        clock: names them too; all layers of a run share it.
+
+    Raises:
+        ValueError: for sizes that do not fit.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_amax: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recipe: NVFP4Recipe,
+        backend: Backend,
+        name: str = "linear",
+        clock: StepClock | None = None,
+    ) -> None:
+        for what, size in (("in_features", in_features), ("out_features", out_features)):
+            if size % MULTIPLE:
+                raise ValueError(f"{what}={size} is no multiple of {MULTIPLE}; keep this layer in high precision")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.recipe = recipe
+        self.backend = backend
+        self.name = name
+        self.clock = clock or StepClock()
+        self.rule: Rule | None = None
+        """The scale rule of the packed weight; None: there is a master weight."""
+        self.backend_state: dict[str, Any] = {}
+        """What the backend keeps of this layer between calls."""
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        recipe: NVFP4Recipe,
+        backend: Backend,
+        name: str = "linear",
+        clock: StepClock | None = None,
+    ) -> NVFP4Linear:
+        """The layer that takes `linear`'s place, with its very Parameters, on whatever device they are.
+
+        Raises:
+            ValueError: with the reason, for a layer that cannot (`reason_against`).
+        """
+        reason = reason_against(linear)
+        if reason is not None:
+            raise ValueError(f"{name} {reason}; keep it in high precision")
+        has_bias = linear.bias is not None
+        layer = cls(
+            linear.in_features, linear.out_features, has_bias, "meta",
+            recipe=recipe, backend=backend, name=name, clock=clock,
+        )  # fmt: skip
+        layer.weight = linear.weight
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    @torch.compiler.disable
+    def forward(self, input: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
+        """Not compiled with what surrounds it: compiled division is approximate, and the codes would be others."""
+        output = self.backend.linear(self, input.reshape(-1, self.in_features))
+        return output.view(*input.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        packed = f", packed={self.rule}" if self.rule is not None else ""
+        return f"{super().extra_repr()}, backend={self.backend.name}{packed}"
+
+    @property
+    def codes(self) -> QuantisedTensor | None:
+        """The packed weight, if there is no master weight any more."""
+        if self.rule is None:
+            return None
+        return QuantisedTensor(self.weight_packed, self.weight_scale, self.weight_amax, self.rule, tiles=True)
+
+    def materialize(self) -> None:
+        """Replace a frozen master weight by its codes. Called again, it does nothing.
+
+        Raises:
+            ValueError: if the weight learns, is sharded, has no memory yet, or stays in high precision by the recipe.
+        """
+        if self.rule is not None:
+            return
+        reason = None
+        if self.recipe.weights is None:
+            reason = "weights=null keeps it in high precision; name a scale rule"
+        elif self.weight.requires_grad:
+            reason = "it learns from its master copy; freeze it (requires_grad_(False)) first"
+        elif isinstance(self.weight, DTensor):
+            reason = "it is sharded; materialize before sharding"
+        elif self.weight.is_meta:
+            reason = "it is on meta; load weights first"
+        if reason is not None:
+            raise ValueError(f"{self.name}: the weight cannot be packed: {reason}")
+        assert self.recipe.weights is not None
+        codes = quantise(self.weight, self.recipe.weights, tiles=True)
+        self._become_packed(codes.packed, codes.scales, codes.amax, codes.rule)
+
+    def _become_packed(self, packed: Tensor, scale: Tensor, amax: Tensor, rule: Rule) -> None:
+        self.register_parameter("weight", None)
+        self.register_buffer("weight_packed", packed)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_amax", amax)
+        self.rule = rule
+        self.backend_state.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NVFP4Linear:
+        """`.to(dtype)` is for numbers in high precision; codes and scales move, and stay what they are."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            after = self._buffers[name]
+            if tensor is not None and after is not None and after.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(after.device)
+        self.backend_state.clear()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.rule is not None and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]][RULE_KEY] = self.rule
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if f"{prefix}weight_packed" in state_dict:
+            # Without metadata (a plain dict) the recipe is all that says which rule it was.
+            rule = local_metadata.get(RULE_KEY, self.rule or self.recipe.weights)
+            if rule not in RULES:
+                error_msgs.append(f"{prefix}weight_packed has the scale rule {rule!r}; known are {', '.join(RULES)}")
+            elif self.rule is not None:
+                self.rule = rule
+            elif self.weight.requires_grad or isinstance(self.weight, DTensor):
+                error_msgs.append(f"{prefix}weight_packed has no master weight to train; freeze the layer first")
+            else:
+                n, k, device = self.out_features, self.in_features, self.weight.device
+                self._become_packed(
+                    torch.empty(n, k // 2, dtype=torch.uint8, device=device),
+                    torch.empty(n, k // BLOCK, dtype=torch.float8_e4m3fn, device=device),
+                    torch.empty((), dtype=torch.float32, device=device),
+                    rule,
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self.backend_state.clear()

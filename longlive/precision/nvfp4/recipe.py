@@ -1,0 +1,186 @@
+"""Which tensor of a linear layer is quantised how, and the clock that names its random bits.
+
+    FPROP   Y  = X W^T       X 1x16, nearest                  W 16x16, nearest
+    DGRAD   dX = dY W        dY 1x16, stochastic              the same codes of W, transposed
+    WGRAD   dW = dY^T X      RHT(dY^T) 1x16, stochastic       RHT(X^T) 1x16, nearest
+
+The scheme is that of "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), with a scale rule per operand.
+
+Stochastic rounding reads eight bits per element. They are a hash of the seed, the step, the layer, the operand, how
+often that was drawn in this step, and the *position of the token*, never a generator's state: a resumed run repeats
+them, and with `StepClock.place_tokens` so do ranks that share a clip's tokens, however those are split.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+
+from longlive import rng
+from longlive.precision.nvfp4.format import RULES, Rule
+from longlive.typing import Int, Tensor, UInt8
+
+log = logging.getLogger(__name__)
+
+ADAPTIVE_RULES = ("mse", "mae", "abs_max")
+"""Rules that look at the error of rounding."""
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class NVFP4Recipe:
+    """How the three GEMMs of a linear layer are quantised.
+
+    Attributes:
+        weights: scale rule of W, in 16x16 tiles. None: W stays in high precision, which only emulation can do; so for
+            the other operands.
+        activations: scale rule of X and RHT(X^T).
+        gradients: scale rule of dY and RHT(dY^T). A rule that compares errors is biased together with stochastic
+            rounding: it prefers what the draw happened to favour.
+        stochastic_gradients: whether dY and RHT(dY^T) are rounded stochastically.
+        hadamard: whether WGRAD's operands are transformed along the tokens.
+        reduce_amax: whether amax of activations and gradients is the largest over the sequence group, so that N ranks
+            compute what one does, for two small reductions per layer. Without it each rank scales by its own.
+
+    Raises:
+        ValueError: for a rule that does not exist.
+    """
+
+    weights: Rule | None = "static_6"
+    activations: Rule | None = "mse"
+    gradients: Rule | None = "static_6"
+    stochastic_gradients: bool = True
+    hadamard: bool = True
+    reduce_amax: bool = False
+
+    def __post_init__(self) -> None:
+        for operand in ("weights", "activations", "gradients"):
+            rule = getattr(self, operand)
+            if rule is not None and rule not in RULES:
+                raise ValueError(f"{operand}={rule!r} is no scale rule; use one of {', '.join(RULES)}, or null")
+        if self.gradients in ADAPTIVE_RULES and self.stochastic_gradients:
+            warn_of_bias(self.gradients)
+
+
+@cache
+def warn_of_bias(rule: str) -> None:
+    """Said once per rule and process."""
+    log.warning(
+        "gradients=%s with stochastic_gradients=True gives biased gradients: the rule keeps the draw with the smaller "
+        "error. Unbiased: gradients=static_6, or stochastic_gradients=False",
+        rule,
+    )
+
+
+class StepClock:
+    """What random bits depend on besides the layer. Shared by all layers of a run, and advanced by who trains.
+
+    Args:
+        seed: the run's seed.
+        stream: tells ranks apart whose tokens have no common numbering: the data-parallel rank, or the global one.
+        reduce: the elementwise largest of a float32 tensor over the ranks that share a clip (`largest_over`); read only
+            with `NVFP4Recipe.reduce_amax`. None: this process is alone.
+    """
+
+    def __init__(self, seed: int = 0, *, stream: int = 0, reduce: Reduce | None = None) -> None:
+        self.seed = seed
+        self.stream = stream
+        self.reduce = reduce
+        self.step = 0
+        self._positions: Tensor | int = 0
+        self._draws: Counter[str] = Counter()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepClock:
+        """A copied layer goes on with the same clock: one that nobody advances would repeat its bits for ever."""
+        return self
+
+    def advance(self, step: int) -> None:
+        """The optimizer step that follows. Calls with the same step (gradient accumulation) change nothing, and the
+        microbatches draw one after the other."""
+        if step != self.step:
+            self.step = step
+            self._draws.clear()
+
+    def place_tokens(self, positions: Int[Tensor, " tokens"] | int) -> None:
+        """Where the tokens of this process stand in the global batch, in the order in which layers get them (batch dims
+        flattened): an offset, or int64 positions. A list is of one length; layers with another number of tokens, such
+        as those of the prompts, number theirs from zero."""
+        self._positions = positions
+
+    def bits(
+        self, layer: str, operand: str, num_tokens: int, features: int, device: torch.device
+    ) -> UInt8[Tensor, "tokens features"]:
+        """Fresh random bytes for a layer's operand. Drawn again under the same name, they differ; after the same
+        sequence of draws in another run, they are the same."""
+        name = f"{layer}/{operand}"
+        draw, self._draws[name] = self._draws[name], self._draws[name] + 1
+        key = rng.generator(self.seed, f"nvfp4/{name}", step=self.step, sample=self.stream, chunk=draw).initial_seed()
+        return hashed_bits(key, self._numbered(num_tokens, device), features)
+
+    def _numbered(self, num_tokens: int, device: torch.device) -> Tensor:
+        if isinstance(self._positions, int):
+            return torch.arange(self._positions, self._positions + num_tokens, device=device)
+        placed = len(self._positions)
+        if not placed <= num_tokens < placed + PADDED_TO:
+            return torch.arange(num_tokens, device=device)
+        # Rows that only pad have positions that no token has.
+        padding = -1 - torch.arange(num_tokens - placed, device=device)
+        return torch.cat((self._positions.to(device), padding))
+
+
+PADDED_TO = 32
+"""Layers pad their tokens to a multiple of this."""
+
+
+def largest_over(group: ProcessGroup) -> Reduce:
+    """For `StepClock.reduce`: the largest over the ranks of a process group."""
+
+    def reduce(values: Tensor) -> Tensor:
+        values = values.clone()
+        all_reduce(values, ReduceOp.MAX, group=group)
+        return values
+
+    return reduce
+
+
+def hashed_bits(key: int, positions: Int[Tensor, " tokens"], features: int) -> UInt8[Tensor, "tokens features"]:
+    """Random bytes that are a function of `(key, position, feature)` alone: a hash of 32 bits makes four of them.
+
+    Args:
+        key: 63 bits.
+        positions: int64.
+        features: a multiple of 4.
+    """
+    rows = mix(low_bits(positions) ^ as_int32(key))
+    rows = mix(rows ^ low_bits(positions >> 32) ^ as_int32(key >> 32))
+    columns = mix(torch.arange(features // 4, dtype=torch.int32, device=positions.device) ^ as_int32(key >> 16))
+    return mix(rows[:, None] + columns).view(torch.uint8)
+
+
+def mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """A bijection of 32 bits in which every bit of the result depends on every bit of the argument (C. Wellons,
+    "lowbias32"), on int32 that wraps around. Overwrites its argument."""
+    x ^= (x >> 16) & 0xFFFF
+    x *= as_int32(0x7FEB352D)
+    x ^= (x >> 15) & 0x1FFFF
+    x *= as_int32(0x846CA68B)
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+def as_int32(number: int) -> int:
+    """The lowest 32 bits as a signed number."""
+    return (number + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def low_bits(numbers: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """The lowest 32 bits of int64 as int32."""
+    return (numbers & 0xFFFFFFFF).sub(1 << 31).to(torch.int32).bitwise_xor(as_int32(1 << 31))
