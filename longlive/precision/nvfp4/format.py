@@ -74,7 +74,7 @@ class QuantisedTensor:
     packed: UInt8[Tensor, "*batch rows bytes"]
     scales: Tensor
     amax: Float[Tensor, "*batch"]
-    rule: Rule
+    rule: str
     tiles: bool = False
 
     @property
@@ -114,22 +114,22 @@ class QuantisedTensor:
 
 
 def quantise(
-    x: Float[Tensor, "*batch rows k"],
-    rule: Rule = "static_6",
+    x: Float[Tensor, "... k"],
+    rule: str = "static_6",
     *,
     tiles: bool = False,
-    amax: Float[Tensor, "*batch"] | None = None,
-    random_bits: UInt8[Tensor, "*batch rows k"] | None = None,
+    amax: Float[Tensor, ...] | None = None,
+    random_bits: UInt8[Tensor, ...] | None = None,
 ) -> QuantisedTensor:
     """Encode matrices in NVFP4, without gradients.
 
     Args:
-        x: float32, bfloat16 or float16, of any strides.
+        x: `[... rows k]` float32, bfloat16 or float16, of any strides.
         rule: how scales are chosen, one of RULES.
         tiles: one scale per 16 x 16 elements in place of 1 x 16.
-        amax: the magnitude that the scales are relative to, at least that of every element of the matrix (e.g. the
+        amax: `[...]`, the magnitude that scales are relative to, at least that of every element of the matrix (e.g. the
             largest over ranks). By default each matrix's own.
-        random_bits: eight random bits per element turn rounding to nearest into stochastic rounding.
+        random_bits: `[... rows k]`, eight for each element, turn rounding to nearest into stochastic rounding.
 
     Raises:
         ValueError: for a rule, a shape or a dtype that NVFP4 has no place for.
