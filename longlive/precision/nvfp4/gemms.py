@@ -26,7 +26,6 @@ from torch.nn import functional as F
 from longlive.precision.nvfp4.format import (
     BLOCK,
     QuantisedTensor,
-    Rule,
     hadamard,
     max_magnitude,
     quantise,
@@ -133,7 +132,7 @@ def pad_tokens(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "rows d"]:
     return F.pad(x, (0, 0, 0, -len(x) % PADDED_TO)) if len(x) % PADDED_TO else x
 
 
-def along_tokens(rows: Float[Tensor, "l d"], recipe: NVFP4Recipe, rule: Rule | None) -> Float[Tensor, "d l"]:
+def along_tokens(rows: Float[Tensor, "l d"], recipe: NVFP4Recipe, rule: str | None) -> Float[Tensor, "d l"]:
     """The transpose, transformed if the recipe says so: an operand of WGRAD. One that is left in high precision is
     transformed in high precision, and only because the other operand is."""
     columns = rows.t()
@@ -146,7 +145,7 @@ def along_tokens(rows: Float[Tensor, "l d"], recipe: NVFP4Recipe, rule: Rule | N
 
 
 def quantised(
-    x: Tensor, rule: Rule | None, amax: Tensor | None = None, random_bits: Tensor | None = None, *, tiles: bool = False
+    x: Tensor, rule: str | None, amax: Tensor | None = None, random_bits: Tensor | None = None, *, tiles: bool = False
 ) -> Operand:
     """`x` in NVFP4; without a rule, `x`."""
     return x if rule is None else quantise(x, rule, tiles=tiles, amax=amax, random_bits=random_bits)
@@ -176,7 +175,7 @@ def random_bits(plan: LinearPlan, operand: str, rows: Tensor) -> Tensor | None:
 def keep(ctx: Any, *operands: Operand | None) -> None:
     """For `kept` in backward. Tensors go through autograd, where checkpointing and offloading see them."""
     tensors: list[Tensor | None] = []
-    kinds: list[tuple[Rule, bool] | None] = []
+    kinds: list[tuple[str, bool] | None] = []
     for operand in operands:
         if isinstance(operand, QuantisedTensor):
             tensors += [operand.packed, operand.scales, operand.amax]

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from longlive.precision.nvfp4.backends.base import Backend
-from longlive.precision.nvfp4.format import BLOCK, RULES, QuantisedTensor, Rule, quantise
+from longlive.precision.nvfp4.format import BLOCK, RULES, QuantisedTensor, quantise
 from longlive.precision.nvfp4.recipe import NVFP4Recipe, StepClock, largest_over
 from longlive.typing import Float, Tensor
 
@@ -87,7 +87,7 @@ class NVFP4Linear(nn.Linear):
         self.backend = backend
         self.name = name
         self.clock = clock or StepClock()
-        self.rule: Rule | None = None
+        self.rule: str | None = None
         """The scale rule of the packed weight; None: there is a master weight."""
         self.backend_state: dict[str, Any] = {}
         """What the backend keeps of this layer between calls."""
@@ -158,7 +158,7 @@ class NVFP4Linear(nn.Linear):
         codes = quantise(self.weight, self.recipe.weights, tiles=True)
         self._become_packed(codes.packed, codes.scales, codes.amax, codes.rule)
 
-    def _become_packed(self, packed: Tensor, scale: Tensor, amax: Tensor, rule: Rule) -> None:
+    def _become_packed(self, packed: Tensor, scale: Tensor, amax: Tensor, rule: str) -> None:
         self.register_parameter("weight", None)
         self.register_buffer("weight_packed", packed)
         self.register_buffer("weight_scale", scale)

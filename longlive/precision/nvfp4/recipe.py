@@ -24,7 +24,7 @@ import torch
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from longlive import rng
-from longlive.precision.nvfp4.format import RULES, Rule
+from longlive.precision.nvfp4.format import RULES
 from longlive.typing import Int, Tensor, UInt8
 
 log = logging.getLogger(__name__)
@@ -54,9 +54,9 @@ class NVFP4Recipe:
         ValueError: for a rule that does not exist.
     """
 
-    weights: Rule | None = "static_6"
-    activations: Rule | None = "mse"
-    gradients: Rule | None = "static_6"
+    weights: str | None = "static_6"
+    activations: str | None = "mse"
+    gradients: str | None = "static_6"
     stochastic_gradients: bool = True
     hadamard: bool = True
     reduce_amax: bool = False
