@@ -10,18 +10,19 @@ Two modes:
   `ChunkView.commit` enters the chunk in the table.
 
 Under autograd the slice is copied before the own keys enter it, so a graph holds what its pass has read, whatever is
-written to the ring later.
+written to the ring later. Activation checkpointing reads again in backward: that is refused once another chunk was
+opened, for by then the ring may hold something else.
 
 **RoPE.** Absolute: keys are cached after rotation, at the chunk's frame plus its shot's offset. Relative: keys are
 cached unrotated, and the view rotates them once, at positions counted inside the visible list
 (`sinks.relative_positions`); the rotated keys live as long as the view.
 
 **Memory** is allocated once: `2 layers batch slots tokens_per_chunk dim` numbers. Guidance doubles the batch (the
-unconditional rows follow the conditional ones); a head-sharded rank asks for its own heads only. How a slot is stored
-is behind `SlotStorage`.
+unconditional rows follow the conditional ones); a head-sharded rank asks for its own heads only. How a slot is stored,
+plainly or in NVFP4, is `slots.py`'s business. Compressed slots are unpacked (and rotated) by every pass for the layer
+at hand: whatever a view kept would be the uncompressed cache.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -30,70 +31,8 @@ from longlive.models.attention import dense_attention
 from longlive.models.visibility import VisibilityRule, visible_history
 from longlive.models.wan.rope import Rotation, rotation
 from longlive.rollout.sinks import SlotTable, absolute_position, free_slot, num_slots, place, relative_positions
-from longlive.typing import Float, Heads, PerFrame, Tensor
-
-Slots = Float[Tensor, "b slots l n e"]
-"""Keys or values of a run of slots; `l` is the tokens of one chunk."""
-
-SlotIndex = int | Tensor
-"""One slot for each sample: an int where all agree, else int64 `[b]`."""
-
-
-def put(target: Slots, index: SlotIndex, source: Heads) -> None:
-    """Write one chunk `[b l n e]` into a slot of every sample, in place and in the dtype of the slots."""
-    if isinstance(index, int):
-        target[:, index] = source.to(target.dtype)
-    else:
-        target[torch.arange(len(index), device=index.device), index] = source.to(target.dtype)
-
-
-class SlotStorage(ABC):
-    """The slots of one layer, in some format. Space is allocated at construction and never grows."""
-
-    @abstractmethod
-    def write(self, index: SlotIndex, keys: Heads, values: Heads) -> None:
-        """Store one chunk of every sample."""
-
-    @abstractmethod
-    def read(self, num_slots: int, dtype: torch.dtype) -> tuple[Slots, Slots]:
-        """Keys and values of the leading slots, ready for arithmetic in `dtype`.
-
-        May be views of the storage. The caller may overwrite slots that no table lists, and nothing else.
-        """
-
-    @property
-    @abstractmethod
-    def num_bytes(self) -> int:
-        """Bytes held."""
-
-
-class DenseStorage(SlotStorage):
-    """Slots as plain numbers. Reading in the stored dtype is a view, in another one a converted copy."""
-
-    def __init__(
-        self,
-        batch_size: int,
-        slots: int,
-        tokens: int,
-        num_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        shape = (batch_size, slots, tokens, num_heads, head_dim)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
-
-    def write(self, index: SlotIndex, keys: Heads, values: Heads) -> None:
-        put(self._keys, index, keys)
-        put(self._values, index, values)
-
-    def read(self, num_slots: int, dtype: torch.dtype) -> tuple[Slots, Slots]:
-        return self._keys[:, :num_slots].to(dtype), self._values[:, :num_slots].to(dtype)
-
-    @property
-    def num_bytes(self) -> int:
-        return self._keys.nbytes + self._values.nbytes
+from longlive.rollout.slots import CacheDtype, SlotIndex, Slots, SlotStorage, make_storage, put
+from longlive.typing import Heads, PerFrame
 
 
 class KeyValueCache:
@@ -102,6 +41,7 @@ class KeyValueCache:
     Attributes:
         tables: for every sample the chunk in each slot.
         rule: who sees whom.
+        num_opened: views made so far; the last one is valid.
     """
 
     def __init__(
@@ -117,7 +57,7 @@ class KeyValueCache:
         rule: VisibilityRule,
         relative_rope: bool = False,
         shot_rope_offset: float = 0.0,
-        dtype: torch.dtype = torch.float32,
+        dtype: CacheDtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         """
@@ -130,10 +70,10 @@ class KeyValueCache:
             rule: window and sinks.
             relative_rope: count positions inside the visible list instead of the video.
             shot_rope_offset: positions that a scene cut adds.
-            dtype: of the stored numbers.
+            dtype: of the stored numbers; "nvfp4" for compressed slots.
 
         Raises:
-            ValueError: if there is no chunk.
+            ValueError: if there is no chunk, or `dtype` cannot store heads of this size.
         """
         slots = num_slots(rule, num_chunks)
         tokens = chunk_frames * patches[0] * patches[1]
@@ -146,8 +86,9 @@ class KeyValueCache:
         self.shot_rope_offset = shot_rope_offset
         self.device = torch.device(device)
         self.layers: list[SlotStorage] = [
-            DenseStorage(batch_size, slots, tokens, num_heads, head_dim, dtype, device) for _ in range(num_layers)
+            make_storage(batch_size, slots, tokens, num_heads, head_dim, dtype, device) for _ in range(num_layers)
         ]
+        self.num_opened = 0
 
     @property
     def num_bytes(self) -> int:
@@ -184,6 +125,7 @@ class KeyValueCache:
         if self.relative_rope:
             key_rotation = self._rotation([positions for _, _, positions, _ in decided])
         own_positions = self._frame_positions([[position] for _, _, _, position in decided])
+        self.num_opened += 1
         return ChunkView(self, chunk, index, own_slots, visible_slots, own_positions, key_rotation)
 
     def _decide(
@@ -240,6 +182,7 @@ class ChunkView:
         self.frame_positions = frame_positions
         self.index = index
         self._cache = cache
+        self._number = cache.num_opened
         self._own_slots = own_slots
         self._visible_slots = visible_slots
         self._key_rotation = key_rotation
@@ -248,18 +191,36 @@ class ChunkView:
     def read(self, layer: int, dtype: torch.dtype) -> tuple[Slots, Slots]:
         """Keys, rotated, and values of everything visible; the own slot is for the caller to fill.
 
-        Made once per view: the steps of a chunk change nothing but its own slot.
+        Of dense slots made once per view: the steps of a chunk change nothing but its own slot. Of compressed ones made
+        by every call, and the caller's own.
+
+        Raises:
+            RuntimeError: if another chunk was opened since.
         """
-        if (layer, dtype) not in self._read:
-            keys, values = self._cache.layers[layer].read(self._visible_slots, dtype)
-            if self._key_rotation is not None:
-                keys = self._key_rotation.rotate(keys.flatten(1, 2)).view_as(keys)
+        if self._cache.num_opened != self._number:
+            raise RuntimeError(
+                f"chunk={self.chunk} reads the cache after another chunk was opened, when its slots may hold something "
+                "else; if this is backward under activation checkpointing, run it before the next chunk is opened, or "
+                "roll out without checkpointing"
+            )
+        if (layer, dtype) in self._read:
+            return self._read[layer, dtype]
+        storage = self._cache.layers[layer]
+        keys, values = storage.read(self._visible_slots, dtype)
+        if self._key_rotation is not None:
+            keys = self._key_rotation.rotate(keys.flatten(1, 2)).view_as(keys)
+        if not storage.compressed:
             self._read[layer, dtype] = keys, values
-        return self._read[layer, dtype]
+        return keys, values
 
     def write(self, layer: int, keys: Heads, values: Heads) -> None:
         """Store the own tokens of a context pass."""
         self._cache.layers[layer].write(self.index, keys.detach(), values.detach())
+
+    @property
+    def shares_reads(self) -> bool:
+        """Whether `read` gives the same numbers to every pass, or the ring itself."""
+        return not self._cache.layers[0].compressed
 
     @property
     def stores_unrotated(self) -> bool:
@@ -288,7 +249,8 @@ class CachedAttention:
     def __call__(self, query: Heads, key: Heads, value: Heads, rotation: Rotation, layer: int) -> Heads:
         rotated_key = rotation.rotate(key)
         keys, values = self._view.read(layer, query.dtype)
-        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+        needs_graph = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
+        if needs_graph and self._view.shares_reads:
             keys, values = keys.clone(), values.clone()
         put(keys, self._view.index, rotated_key)
         put(values, self._view.index, value)

@@ -22,96 +22,20 @@ nor on how long the rollout goes on.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
 from longlive import rng
 from longlive.diffusion.guidance import guide
 from longlive.diffusion.schedule import FlowSchedule
-from longlive.diffusion.solver import SOLVERS, make_solver
-from longlive.models.visibility import VisibilityRule
+from longlive.diffusion.solver import make_solver
 from longlive.models.wan.model import CausalWan
 from longlive.rollout.cache import ChunkView, KeyValueCache
+from longlive.rollout.settings import CACHE_DTYPES, RolloutSettings
 from longlive.typing import Float, Int, Latents, PerFrame, PromptEmbeds, Tensor
 
 NegativeEmbeds = Float[Tensor, "1 negative_s d"]
 """The prompt of the unconditional branch, with as many text tokens as the other prompts."""
-
-CACHE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """How to roll out.
-
-    Attributes:
-        chunk_frames: frames denoised together.
-        num_steps: solver steps per chunk.
-        solver: a name in `diffusion.solver.SOLVERS`.
-        guidance_scale: 1 is no guidance, and then no negative prompt is taken.
-        window: frames that a query sees at most, sinks and its own chunk included; None: everything.
-        sink_frames: first frames of the video that stay visible.
-        shot_sink: whether the first chunk of the current shot stays visible too.
-        relative_rope: count RoPE positions inside the visible list, so that they stay bounded in a video of any length.
-        shot_rope_offset: frames by which a scene cut moves the RoPE position.
-        cache_dtype: what keys and values are stored in; None: the dtype of the network's parameters.
-
-    Raises:
-        ValueError: if a setting is out of range, frames are no multiples of `chunk_frames`, or the window cannot hold
-            the sinks and the chunk itself.
-    """
-
-    chunk_frames: int
-    num_steps: int = 20
-    solver: str = "unipc"
-    guidance_scale: float = 1.0
-    window: int | None = None
-    sink_frames: int = 0
-    shot_sink: bool = False
-    relative_rope: bool = False
-    shot_rope_offset: float = 0.0
-    cache_dtype: Literal["bfloat16", "float32"] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("chunk_frames", "num_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver={self.solver!r} is unknown; use one of {', '.join(SOLVERS)}")
-        if self.guidance_scale < 0:
-            raise ValueError(
-                f"guidance_scale={self.guidance_scale} is negative; use 1 for none, 3 to 5 for a base model"
-            )
-        if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
-            raise ValueError(
-                f"cache_dtype={self.cache_dtype!r} is unknown; use one of {', '.join(CACHE_DTYPES)} or null"
-            )
-        _ = self.rule
-
-    @property
-    def rule(self) -> VisibilityRule:
-        """Who sees whom, in chunks."""
-        return VisibilityRule.from_frames(self.window, self.sink_frames, self.shot_sink, self.chunk_frames)
-
-    @property
-    def guided(self) -> bool:
-        """Whether an unconditional branch runs."""
-        return self.guidance_scale != 1
-
-    def num_chunks(self, num_frames: int) -> int:
-        """Chunks of a video of `num_frames`.
-
-        Raises:
-            ValueError: if the frames are no positive multiple of `chunk_frames`.
-        """
-        if num_frames < 1 or num_frames % self.chunk_frames:
-            lower = max(num_frames // self.chunk_frames, 1) * self.chunk_frames
-            raise ValueError(
-                f"num_frames={num_frames} is no positive multiple of chunk_frames={self.chunk_frames}; use {lower} or "
-                f"{lower + self.chunk_frames}"
-            )
-        return num_frames // self.chunk_frames
 
 
 @dataclass
@@ -174,9 +98,13 @@ class RolloutEngine:
             caller's business.
         settings: see `RolloutSettings`.
         schedule: noise levels; the shift must be the one of training.
+
+    Raises:
+        ValueError: if the settings do not fit the network.
     """
 
     def __init__(self, model: CausalWan, settings: RolloutSettings, schedule: FlowSchedule) -> None:
+        settings.check_network(model.config)
         self.model = model
         self.settings = settings
         self.schedule = schedule
@@ -265,28 +193,41 @@ class RolloutEngine:
         Raises:
             ValueError: if the latents do not fit the network.
         """
-        config, settings = self.model.config, self.settings
         channels, height, width = latent_shape
-        if channels != config.in_channels:
-            raise ValueError(f"latents of {channels} channels: the network takes {config.in_channels}")
+        if channels != self.model.config.in_channels:
+            raise ValueError(f"latents of {channels} channels: the network takes {self.model.config.in_channels}")
+        cache = self._make_cache((height, width), len(sample_ids), max_chunks, self.device)
+        return RolloutState(cache, seed, tuple(sample_ids), latent_shape, [[] for _ in sample_ids])
+
+    def cache_bytes(self, latent_size: tuple[int, int], num_samples: int, max_chunks: int) -> int:
+        """Bytes of the KV cache of a rollout of so many samples; nothing is allocated.
+
+        Raises:
+            ValueError: if the latents do not fit the network.
+        """
+        return self._make_cache(latent_size, num_samples, max_chunks, torch.device("meta")).num_bytes
+
+    def _make_cache(
+        self, latent_size: tuple[int, int], num_samples: int, max_chunks: int, device: torch.device
+    ) -> KeyValueCache:
+        config, settings = self.model.config, self.settings
         dtype = (
             next(self.model.parameters()).dtype if settings.cache_dtype is None else CACHE_DTYPES[settings.cache_dtype]
         )
-        cache = KeyValueCache(
+        return KeyValueCache(
             num_layers=config.num_layers,
-            batch_size=len(sample_ids) * (2 if settings.guided else 1),
+            batch_size=num_samples * (2 if settings.guided else 1),
             num_chunks=max_chunks,
             chunk_frames=settings.chunk_frames,
-            patches=config.patches(height, width),
+            patches=config.patches(*latent_size),
             num_heads=config.num_heads,
             head_dim=config.head_dim,
             rule=settings.rule,
             relative_rope=settings.relative_rope,
             shot_rope_offset=settings.shot_rope_offset,
             dtype=dtype,
-            device=self.device,
+            device=device,
         )
-        return RolloutState(cache, seed, tuple(sample_ids), latent_shape, [[] for _ in sample_ids])
 
     def noise(self, state: RolloutState) -> Latents:
         """The noise that the next chunk starts from, float32 `[b chunk_frames c h w]`."""

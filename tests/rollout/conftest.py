@@ -1,4 +1,4 @@
-"""A tiny network in which nothing is zero: Wan's initialisation leaves head and biases at zero, hiding errors."""
+"""Tiny networks in which nothing is zero: Wan's initialisation leaves head and biases at zero, hiding errors."""
 
 import pytest
 import torch
@@ -9,8 +9,18 @@ from longlive.models.wan.model import CausalWan
 
 @pytest.fixture(scope="session")
 def network() -> CausalWan:
+    return make_network(dim=48)
+
+
+@pytest.fixture(scope="session")
+def network_for_blocks() -> CausalWan:
+    """Heads of two NVFP4 blocks."""
+    return make_network(dim=64)
+
+
+def make_network(dim: int) -> CausalWan:
     config = WanConfig.tiny(
-        num_layers=2, dim=48, ffn_dim=64, num_heads=2, in_channels=4, out_channels=4, text_dim=8, freq_dim=16
+        num_layers=2, dim=dim, ffn_dim=64, num_heads=2, in_channels=4, out_channels=4, text_dim=8, freq_dim=16
     )
     network = CausalWan(config)
     network.init_weights(seed=0)
