@@ -35,6 +35,7 @@ from longlive.data.video_writer import write_mp4
 from longlive.modules.base import LongLiveModule, to_unit_range
 from longlive.parallel.checkpoint import check_same_shapes, find_checkpoint, load_checkpoint, with_frozen
 from longlive.precision.auto import autocast_context
+from longlive.precision.plugin import LinearPrecision
 from longlive.rollout.engine import ChunkReport
 from longlive.rollout.video import Timings, generate_videos
 from longlive.typing import Tensor, UInt8
@@ -74,8 +75,6 @@ def generate(config: DictConfig) -> dict[str, Any]:
             raise ValueError(f"{name}={config[name]} must be at least 1")
     metric = None if config.metric is None else instantiate(config.metric)
     precision: Precision | str = instantiate(config.precision)
-    if isinstance(precision, Precision):
-        precision.convert_module(module)
 
     directory = Path(config.directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -102,6 +101,9 @@ def generate(config: DictConfig) -> dict[str, Any]:
     files = [directory / f"{index:03d}-{slug(prompt)}.mp4" for index, prompt in enumerate(prompts)]
     waiting = [index for index, file in enumerate(files) if not file.exists()]
     module.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(precision, LinearPrecision):
+        precision.convert_module(module.requires_grad_(False))
+        precision.freeze(module)
     engine = module.rollout_engine(settings)
     batches = [waiting[i : i + config.batch_size] for i in range(0, len(waiting), config.batch_size)]
     timings: list[Timings] = []

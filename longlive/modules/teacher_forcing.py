@@ -22,6 +22,7 @@ from longlive.objectives.teacher_forcing import (
     weighted_loss,
 )
 from longlive.parallel.ulysses import UlyssesAttention
+from longlive.precision.plugin import LinearPrecision
 from longlive.typing import Bool, Int, Latents, PerFrame, Tensor
 
 VALIDATION_STEP = -1
@@ -171,6 +172,9 @@ class TeacherForcingModule(LongLiveModule):
     ) -> Latents:
         """The network's velocity for the targets."""
         pieces = torch.tensor(self.chunks(batch, Role.CLEAN) + self.chunks(batch, Role.NOISY))
+        precision = self.trainer.precision_plugin if self._trainer is not None else None
+        if isinstance(precision, LinearPrecision):
+            precision.place_tokens(self.token_positions(batch, inputs.latents))
         velocity: Latents = self.trained_network(
             latents=inputs.latents,
             timesteps=inputs.timesteps,
@@ -180,6 +184,16 @@ class TeacherForcingModule(LongLiveModule):
             attention=self.attention(batch, inputs.latents),
         )
         return velocity[:, inputs.num_history_frames :]
+
+    def token_positions(self, batch: VideoBatch, latents: Latents) -> Int[Tensor, "b l"]:
+        """A number for every token of the copies of `latents` here, the same one whichever rank holds the token: by
+        sample, then as one rank alone would order the clip's tokens."""
+        rows, columns = self.model_config.patches(*latents.shape[-2:])
+        chunk_tokens, num_chunks = self.chunk_frames * rows * columns, batch.shot_index.shape[1]
+        clean, noisy = self.chunks(batch, Role.CLEAN), self.chunks(batch, Role.NOISY)
+        pieces = torch.tensor([*clean, *(num_chunks + chunk for chunk in noisy)])
+        in_clip = (pieces[:, None] * chunk_tokens + torch.arange(chunk_tokens)).flatten().to(latents.device)
+        return batch.sample_ids.to(latents.device)[:, None] * (2 * num_chunks * chunk_tokens) + in_clip
 
     def attention(self, batch: VideoBatch, latents: Latents) -> SelfAttention:
         """Who sees whom, for clean and noisy copies of the size of `latents`, on all ranks of the sequence group."""

@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from longlive.precision.selection import BLOCK_LINEARS, Layer, LayerSelection, grouped
+from longlive.typing import Int, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ class LinearPrecision(Precision):
             reasons = "; ".join(f"{group.name}: {group.reason}" for group in grouped(layers))
             raise ValueError(f"precision={self.precision} would change no layer. {reasons}")
         waiting = [layer for layer in chosen if not isinstance(module.get_submodule(layer.name), self.linear_class)]
+        if waiting != chosen:
+            self.adopt([module.get_submodule(layer.name) for layer in chosen if layer not in waiting])
         for layer in waiting:
             if isinstance(module.get_submodule(layer.name).weight, DTensor):
                 raise RuntimeError(
@@ -82,9 +85,20 @@ class LinearPrecision(Precision):
                 )
         if waiting:
             self.replace(module, waiting)
+        if waiting or not self.layers:
             self.layers = layers
             self._report()
         return module
+
+    def adopt(self, layers: Sequence[nn.Module]) -> None:
+        """Layers that are replaced already, perhaps by another Trainer's plugin, are from now on this one's."""
+
+    def freeze(self, module: nn.Module) -> None:
+        """The weights of `module` change no more: keep of them what products read. For rollouts."""
+
+    def place_tokens(self, positions: Int[Tensor, "b l"]) -> None:
+        """Where the tokens that follow stand in the global batch, in the network's order: for what is random and must
+        not depend on how ranks split a clip."""
 
     @contextmanager
     def forward_context(self) -> Generator[None, None, None]:

@@ -1,0 +1,120 @@
+"""`precision=nvfp4`: the blocks' linear layers train, or roll out, in NVFP4 (`nvfp4.recipe`), by the best backend there
+is.
+
+Random bits of stochastic rounding come from a clock that all layers share. This plugin keeps it: the seed is the run's,
+the step is the Trainer's when a backward begins (nothing is drawn earlier), and the rank's place among the others is
+read when Lightning connects the plugin. A resumed run and one that was never interrupted draw the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from longlive.parallel.mesh import DATA
+from longlive.parallel.strategy import ShardedStrategy
+from longlive.precision.nvfp4.backends.base import Backend
+from longlive.precision.nvfp4.backends.choose import BACKENDS, choose_backend
+from longlive.precision.nvfp4.linear import MULTIPLE, NVFP4Linear
+from longlive.precision.nvfp4.recipe import NVFP4Recipe, StepClock, largest_over
+from longlive.precision.plugin import LinearPrecision
+from longlive.precision.selection import BLOCK_LINEARS, Layer
+from longlive.typing import Int, Tensor
+
+
+class NVFP4Precision(LinearPrecision):
+    """`precision=nvfp4`.
+
+    Args:
+        recipe: which operand is quantised how; None: the defaults.
+        backend: `emulated`, `transformer_engine`, `torchao`, or `auto`, the best that runs here and computes the
+            recipe.
+        layers, keep_last_blocks_bf16: see `LayerSelection`.
+        seed: of the random bits; the run's.
+
+    Raises:
+        ValueError: for an unknown backend, or one that is asked for and cannot run here.
+    """
+
+    precision = "nvfp4"
+    linear_class = NVFP4Linear
+
+    def __init__(
+        self,
+        *,
+        recipe: NVFP4Recipe | None = None,
+        backend: str = "auto",
+        layers: Sequence[str] = BLOCK_LINEARS,
+        keep_last_blocks_bf16: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(multiple=MULTIPLE, layers=layers, keep_last_blocks_bf16=keep_last_blocks_bf16)
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"backend={backend!r} is unknown; use auto, {', '.join(BACKENDS)}")
+        self.recipe = recipe or NVFP4Recipe()
+        self.asked_for = backend
+        if backend != "auto":
+            self._choose(trains=False)  # refused now, before data and networks, if it cannot run at all
+        self.backend: Backend | None = None
+        """Chosen when there are layers, for they say whether weights learn."""
+        self.clock = StepClock(seed)
+
+    @property
+    def backend_name(self) -> str:
+        return self.asked_for if self.backend is None else self.backend.name
+
+    def replace(self, module: nn.Module, layers: Sequence[Layer]) -> None:
+        backend = self._backend_of([module.get_submodule(layer.name) for layer in layers])
+        for layer in layers:
+            parent, _, child = layer.name.rpartition(".")
+            linear = module.get_submodule(layer.name)
+            assert isinstance(linear, nn.Linear)
+            name = layer.name.removesuffix(".base_layer")
+            replaced = NVFP4Linear.from_linear(linear, self.recipe, backend, name, self.clock)
+            setattr(module.get_submodule(parent), child, replaced)
+
+    def adopt(self, layers: Sequence[nn.Module]) -> None:
+        """Another plugin's layers follow this one's clock from now on, and compute its recipe."""
+        backend = self._backend_of(layers)
+        for layer in layers:
+            assert isinstance(layer, NVFP4Linear)
+            layer.clock, layer.recipe, layer.backend = self.clock, self.recipe, backend
+            layer.backend_state.clear()
+
+    def freeze(self, module: nn.Module) -> None:
+        """Drop the master weights of frozen layers: 0.5625 bytes per weight stay."""
+        for layer in module.modules():
+            if isinstance(layer, NVFP4Linear) and self.recipe.weights is not None:
+                layer.materialize()
+
+    def connect(self, model: nn.Module, optimizers: list, lr_schedulers: list) -> tuple[nn.Module, list, list]:
+        """Lightning has built everything: read which of the ranks this is."""
+        trainer = next(module for module in model.modules() if isinstance(module, LightningModule)).trainer
+        self.clock.stream, self.clock.reduce = trainer.global_rank, None
+        if isinstance(trainer.strategy, ShardedStrategy):
+            # Ranks of a sequence group share the tokens of their clips, and so a stream.
+            self.clock.stream = trainer.strategy.device_mesh[DATA].get_local_rank()
+            group = trainer.strategy.sequence.group
+            self.clock.reduce = None if group is None else largest_over(group)
+        return super().connect(model, optimizers, lr_schedulers)
+
+    def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
+        """A backward begins, of this step."""
+        self.clock.advance(module.global_step)
+        return super().pre_backward(tensor, module)
+
+    def place_tokens(self, positions: Int[Tensor, "b l"]) -> None:
+        self.clock.place_tokens(positions.flatten())
+
+    def _backend_of(self, layers: Sequence[nn.Module]) -> Backend:
+        if self.backend is None:
+            self.backend = self._choose(trains=any(p.requires_grad for layer in layers for p in layer.parameters()))
+        return self.backend
+
+    def _choose(self, trains: bool) -> Backend:
+        try:
+            return choose_backend(self.asked_for, self.recipe, trains=trains)
+        except RuntimeError as error:  # a setting that this machine cannot have
+            raise ValueError(str(error)) from error
