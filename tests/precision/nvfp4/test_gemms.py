@@ -102,7 +102,7 @@ def clamped(x):
 def test_stochastic_gradients_are_right_on_average(gemm):
     """256 draws: rounding to nearest, or bits that several elements share, leave a mean that is off. 32 draws at once
     are copies of the tokens (every row of dX is a draw) or of the outputs (every row of dW is one)."""
-    x, w, b, dy = tensors(32, 32, 64)
+    x, w, _, dy = tensors(32, 32, 64)
     copies = {"dgrad": (32, 1), "wgrad": (1, 32)}[gemm]
     inputs = x.detach().repeat(copies[0], 1).requires_grad_(), w.detach().repeat(copies[1], 1).requires_grad_()
     y = quantised_linear(*inputs, None, plan_of(NVFP4Recipe()))
@@ -201,7 +201,10 @@ def test_tokens_split_over_ranks_give_what_one_process_gives():
     asked = []  # forward and backward of the first half, then of the second
     alone = [gradients_of(half, lambda amax: asked.append(amax) or amax) for half in halves]
     agreed = [torch.maximum(first, second) for first, second in zip(asked[:2], asked[2:], strict=True)]
-    together = [gradients_of(half, lambda amax, answers=iter(agreed): next(answers)) for half in halves]
+    together = []
+    for half in halves:
+        answers = iter(agreed)
+        together.append(gradients_of(half, lambda amax, answers=answers: next(answers)))
     for half, (y, dx, _, _) in zip(halves, together, strict=True):
         assert relative(y, whole[0][half].double()) < 1e-6
         assert relative(dx, whole[1][half].double()) < 1e-6
