@@ -64,9 +64,12 @@ def quantised_linear(
         weight: `[out features]`, the parameter; or codes, which do not learn.
         bias: stays in high precision.
     """
-    if isinstance(weight, QuantisedTensor):
-        return QuantisedLinear.apply(x, None, bias, weight, plan)
-    return QuantisedLinear.apply(x, weight, bias, None, plan)
+    codes, master = (weight, None) if isinstance(weight, QuantisedTensor) else (None, weight)
+    if not torch.is_grad_enabled():
+        # Inside, autograd tells what could learn, not whether anyone asks: X^T would be quantised for nothing.
+        x = x.detach()
+        master, bias = (None if tensor is None else tensor.detach() for tensor in (master, bias))
+    return QuantisedLinear.apply(x, master, bias, codes, plan)
 
 
 class QuantisedLinear(torch.autograd.Function):

@@ -11,7 +11,7 @@ rule in the state dict's metadata; a layer that is given such a state becomes a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -184,7 +184,7 @@ class NVFP4Linear(nn.Linear):
 
     def _load_from_state_dict(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: dict[str, Any],
         prefix: str,
         local_metadata: dict[str, Any],
         strict: bool,
@@ -192,6 +192,8 @@ class NVFP4Linear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        # Transformer Engine's layers save this; it holds nothing that this recipe needs.
+        state_dict.pop(f"{prefix}_extra_state", None)
         if f"{prefix}weight_packed" in state_dict:
             # Without metadata (a plain dict) the recipe is all that says which rule it was.
             rule = local_metadata.get(RULE_KEY, self.rule or self.recipe.weights)

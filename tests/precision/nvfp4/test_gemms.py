@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 
+from longlive.precision.nvfp4 import gemms
 from longlive.precision.nvfp4.backends.emulated import EmulatedBackend
 from longlive.precision.nvfp4.format import hadamard, quantise, rotation_matrix
 from longlive.precision.nvfp4.gemms import LinearPlan, quantised_linear
@@ -157,6 +158,18 @@ def test_a_frozen_layer_keeps_nothing_of_its_input():
     y = quantised_linear(x, w.detach(), b.detach(), plan)
     (dx,) = torch.autograd.grad(y, x, dy)
     assert relative(dx, dy.double() @ w.detach().double()) < 0.2
+
+
+def test_without_gradients_an_input_is_quantised_once(monkeypatch):
+    """A rollout that prepares for a backward that never comes quantises everything twice."""
+    shapes = []
+    monkeypatch.setattr(
+        gemms, "quantise", lambda x, *args, **options: shapes.append(x.shape) or quantise(x, *args, **options)
+    )
+    x, w, b, _ = tensors(64, 32, 96)
+    with torch.no_grad():
+        quantised_linear(x, w, b, plan_of(NVFP4Recipe()))
+    assert sorted(shapes) == [(64, 32), (96, 32)]
 
 
 def test_padding_tokens_are_no_tokens():

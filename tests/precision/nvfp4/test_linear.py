@@ -212,6 +212,12 @@ def test_packed_layers_load_where_masters_were(tmp_path):
         assert torch.equal(layer(x), fresh(x))
 
 
+def test_what_transformer_engine_adds_to_a_state_is_no_obstacle():
+    layer, state = nvfp4(linear()), linear(seed=3).state_dict()
+    layer.load_state_dict({**state, "_extra_state": torch.zeros(7, dtype=torch.uint8)})
+    assert torch.equal(layer.weight, state["weight"])
+
+
 def test_packed_weights_are_not_loaded_into_a_layer_that_trains():
     stored = nvfp4(linear().requires_grad_(False))
     stored.materialize()

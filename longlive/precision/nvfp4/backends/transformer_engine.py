@@ -67,13 +67,14 @@ class TransformerEngineBackend(Backend):
             raise RuntimeError(f"Transformer Engine's NVFP4 cannot run here: {lacks}")
         self._te = importlib.import_module("transformer_engine.pytorch")
         self._recipes = importlib.import_module("transformer_engine.common.recipe")
+        self._scalings: dict[NVFP4Recipe, Any] = {}
 
     def refusal(self, recipe: NVFP4Recipe) -> str | None:
         return refusal(recipe)
 
     def linear(self, layer: NVFP4Linear, x: Float[Tensor, "tokens features"]) -> Float[Tensor, "tokens out"]:
         out_dtype = output_dtype(x)
-        recipe = self._recipes.NVFP4BlockScaling(**block_scaling_settings(layer.recipe))
+        recipe = self._block_scaling(layer.recipe)
         if "twin" not in layer.backend_state:
             layer.backend_state["twin"] = self._twin(layer, recipe)
         twin = layer.backend_state["twin"]
@@ -84,6 +85,12 @@ class TransformerEngineBackend(Backend):
             y = twin(rows)[: len(x)]
         bias = layer._parameters["bias"]
         return (y if bias is None else y + bias.float()).to(out_dtype)
+
+    def _block_scaling(self, recipe: NVFP4Recipe) -> Any:
+        """One object per recipe: Transformer Engine looks at it at every call, and sets up anew for another one."""
+        if recipe not in self._scalings:
+            self._scalings[recipe] = self._recipes.NVFP4BlockScaling(**block_scaling_settings(recipe))
+        return self._scalings[recipe]
 
     def _twin(self, layer: NVFP4Linear, recipe: Any) -> nn.Module:
         codes, sizes = layer.codes, (layer.in_features, layer.out_features)

@@ -141,6 +141,7 @@ def test_a_layer_lends_its_weight_at_every_call_and_stays_what_it_was(monkeypatc
     layer.weight = nn.Parameter(layer.weight.detach().clone())
     layer(x)
     assert engine.calls[1][2] is layer.weight
+    assert engine.autocasts[0][1] is engine.autocasts[1][1], "another object has everything set up anew"
     assert list(layer.state_dict()) == ["weight", "bias"]
     assert dict(layer.named_modules()) == {"": layer}
     assert not engine.frozen_inits
