@@ -70,6 +70,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
     module.codec.check_video(torch.empty(0, num_raw_frames(num_frames, module.codec.temporal_ratio), 3, height, width))
     latent_size = (height // module.codec.spatial_ratio, width // module.codec.spatial_ratio)
     module.model_config.patches(*latent_size)
+    settings.check_network(module.model_config)
     for name in ("batch_size", "sheet_rows"):
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]} must be at least 1")
@@ -105,6 +106,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
         precision.convert_module(module.requires_grad_(False))
         precision.freeze(module)
     engine = module.rollout_engine(settings)
+    record["kv_cache_bytes"] = engine.cache_bytes(latent_size, min(config.batch_size, len(prompts)), num_chunks)
     batches = [waiting[i : i + config.batch_size] for i in range(0, len(waiting), config.batch_size)]
     timings: list[Timings] = []
     with progress_bar() as progress, autocast_context(precision, module.device):

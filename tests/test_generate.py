@@ -225,6 +225,16 @@ def test_rollout_settings_replace_those_of_training_and_reach_the_engine(trained
     assert record["settings"]["rollout"] == {"chunk_frames": 4} | changes
 
 
+def test_the_record_says_how_many_bytes_the_cache_takes(made, trained, tmp_path):
+    """Two chunks of 16 tokens with 2 heads of 16 features, keys and values, with and without guidance's second half."""
+    assert made[1]["kv_cache_bytes"] == 2 * 2 * 2 * 16 * 2 * 16 * 4
+    one = ("rollout.guidance_scale=1.0", "rollout.cache_dtype=nvfp4", "num_frames=8")
+    packed = make(trained, tmp_path, *one, prompts="prompts=[a red circle,a blue square]")
+    matrices, mean = 2 * 2 * 2, 2 * 16
+    assert packed["kv_cache_bytes"] == matrices * (2 * (16 * 16 * 9 // 16 + 4) + mean)
+    assert json.loads((tmp_path / "generation.json").read_text())["kv_cache_bytes"] == packed["kv_cache_bytes"]
+
+
 def test_the_network_of_a_checkpoint_has_its_averaged_weights(trained):
     """The weights of the last step alone make worse videos."""
     saved = checkpoint(trained, 12)

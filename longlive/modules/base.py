@@ -112,6 +112,7 @@ class LongLiveModule(LightningModule):
         self.make_learning_rate = learning_rate
         self.weights = weights
         self.rollout = rollout or RolloutSettings(chunk_frames=chunk_frames)
+        self.rollout.check_network(model)
         self.seed = seed
         self.run_config: dict[str, Any] = {}
         """The resolved config, as plain containers: kept in every checkpoint, so that a checkpoint says what it is."""

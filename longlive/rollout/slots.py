@@ -19,7 +19,9 @@ more stays below .30 whatever the head; Wan2.2 at 704 x 1280 has 7040 tokens in 
 
 **Reading** a compressed slot makes numbers that are as large as the dense slots would have been, for one layer. They
 live as long as that layer's attention, never as long as the chunk: kept for all layers, they would be the dense cache
-again.
+again. In bfloat16, 5 bytes per number are in use while a layer is unpacked, 10 where relative RoPE turns keys (in
+float32, as for dense slots), and 2 remain: with a window of 32 frames of Wan2.2 at 704 x 1280, for one sample, .81, 1.6
+and .32 GiB beside a cache of 2.72 instead of 9.67 GiB.
 """
 
 from abc import ABC, abstractmethod

@@ -108,6 +108,7 @@ def test_the_codec_follows_the_module_to_its_device(settings: dict[str, Any]) ->
         ({"text_encoder": ToyTextEncoder(embed_dim=64)}, "text_dim=32, but .* have 64 features; set model.text_dim=64"),
         ({"chunk_frames": 0}, "chunk_frames=0 must be at least 1"),
         ({"rollout": RolloutSettings(chunk_frames=4)}, "rollout.chunk_frames=4 differs from chunk_frames=2"),
+        ({"rollout": RolloutSettings(chunk_frames=2, cache_dtype="nvfp4")}, "head_dim=24 is no multiple of it"),
         ({"weights": "/nowhere/model.safetensors"}, "weights='/nowhere/model.safetensors' does not exist"),
         ({"prompt_dropout": 1.0}, "prompt_dropout=1.0 must be at least 0 and below 1"),
         ({"noise_augmentation": -0.1}, "noise_augmentation=-0.1 must be at least 0 and below 1"),

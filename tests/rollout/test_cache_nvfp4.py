@@ -76,7 +76,6 @@ def cached(network: CausalWan, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
     clean, noisy = [], []
     for chunk in range(CHUNKS):
         view = cache.open(chunk, SHOTS)
-        call(CLEAN + 1, TIMESTEPS, write=False)  # an earlier solver step, which must leave no trace
         noisy.append(call(NOISY, TIMESTEPS, write=False))
         clean.append(call(CLEAN, 0 * TIMESTEPS, write=True))
         view.commit()
@@ -149,26 +148,25 @@ def rounded_keys(keys: Heads) -> Heads:
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
-@pytest.mark.parametrize("offset", [0.0, 3.0])
 def test_cached_passes_equal_teacher_forcing_with_a_rounded_history(
-    network_for_blocks: CausalWan, rule: VisibilityRule, relative: bool, offset: float
+    network_for_blocks: CausalWan, rule: VisibilityRule, relative: bool
 ) -> None:
     """Catches combinations that are silently wrong (known mistake 14), own chunks that are rounded too, rotations on
     the wrong side of the rounding, and means, scales or codes of an evicted chunk. The samples' cuts differ."""
-    cache = make_cache(network_for_blocks, rule, relative_rope=relative, shot_rope_offset=offset)
+    cache = make_cache(network_for_blocks, rule, relative_rope=relative, shot_rope_offset=3.0)
     ours = cached(network_for_blocks, cache)
-    expected = forced(network_for_blocks, RoundedHistory(rule, relative, offset))
+    expected = forced(network_for_blocks, RoundedHistory(rule, relative, offset=3.0))
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
-@pytest.mark.parametrize("rule", ["window", "window and both sinks"])
-def test_rounding_moves_the_velocity_by_a_few_percent(network_for_blocks: CausalWan, rule: str, relative: bool) -> None:
-    exact = cached(
-        network_for_blocks, make_cache(network_for_blocks, RULES[rule], torch.float32, relative_rope=relative)
+def test_rounding_moves_the_velocity_by_a_few_percent(network_for_blocks: CausalWan, relative: bool) -> None:
+    rule = RULES["window and both sinks"]
+    ours, exact = (
+        cached(network_for_blocks, make_cache(network_for_blocks, rule, dtype, relative_rope=relative))
+        for dtype in ("nvfp4", torch.float32)
     )
-    ours = cached(network_for_blocks, make_cache(network_for_blocks, RULES[rule], relative_rope=relative))
     for a, b in zip(ours, exact, strict=True):
         assert torch.equal(a[:, :FRAMES], b[:, :FRAMES]), "a first chunk has no history"
         error = (a - b)[:, FRAMES:].norm() / b[:, FRAMES:].norm()
@@ -229,7 +227,7 @@ def test_what_was_unpacked_for_a_layer_lives_no_longer_than_its_pass(
 
 
 SETTINGS = RolloutSettings(
-    chunk_frames=FRAMES, num_steps=3, window=6, sink_frames=2, shot_rope_offset=4.0, cache_dtype="nvfp4"
+    chunk_frames=FRAMES, num_steps=2, window=6, sink_frames=2, shot_rope_offset=4.0, cache_dtype="nvfp4"
 )
 NEGATIVE = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(1))
 
@@ -237,14 +235,13 @@ NEGATIVE = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(1))
 def generate(network: CausalWan, settings: RolloutSettings, rows: list[int]) -> Tensor:
     engine = RolloutEngine(network, settings, FlowSchedule())
     ids = [(7, 3)[row] for row in rows]
-    shots = torch.tensor(SHOTS)[rows]
+    prompts, shots = PROMPT_INDEX[rows, :5], torch.tensor(SHOTS)[rows, :5]
     negative = NEGATIVE if settings.guided else None
-    return engine.generate(PROMPTS, PROMPT_INDEX[rows], shots, SHAPE, 5, ids, negative).latents
+    return engine.generate(PROMPTS, prompts, shots, SHAPE, 5, ids, negative).latents
 
 
 @pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-@pytest.mark.parametrize("shot_sink", [False, True])
+@pytest.mark.parametrize(("scale", "shot_sink"), [(1.0, True), (3.0, False)])
 def test_a_sample_does_not_depend_on_its_batch(
     network_for_blocks: CausalWan, relative: bool, scale: float, shot_sink: bool
 ) -> None:
