@@ -1,0 +1,166 @@
+"""NVFP4 in real runs: one process or several, all weights or LoRA, interrupted or not. Everything is emulated."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from helpers.distributed import run_on_ranks
+from helpers.runs import assert_same, fake_batches, fit, tiny_module
+from helpers.sharded_runs import whole
+from longlive.callbacks.ema import EMA
+from longlive.models.wan.config import WanConfig
+from longlive.models.wan.model import CausalWan
+from longlive.modules.teacher_forcing import TeacherForcingModule
+from longlive.parallel.checkpoint import AtomicCheckpointIO
+from longlive.parallel.fsdp import ShardingOptions
+from longlive.parallel.materialise import materialise
+from longlive.parallel.strategy import BalancedSPStrategy, ShardedStrategy
+from longlive.precision.nvfp4.linear import NVFP4Linear
+from longlive.precision.nvfp4.plugin import NVFP4Precision
+from longlive.precision.nvfp4.recipe import NVFP4Recipe
+
+MODEL = WanConfig.tiny(num_layers=1, dim=64, ffn_dim=64, num_heads=4)
+STRATEGIES = {"single": None, "fsdp": ShardedStrategy, "balanced_sp": BalancedSPStrategy}
+PLACES = [("single", 1), ("fsdp", 2), ("balanced_sp", 2), ("balanced_sp", 4)]
+
+
+class LoRAStage(TeacherForcingModule):
+    """The order of `configure_model` with an adapter: it is attached first, so that its base layers are wrapped."""
+
+    def configure_model(self) -> None:
+        if self.network is not None:
+            return
+        with torch.device("meta"):
+            network = CausalWan(self.model_config)
+            targets = ["self_attn.q", "self_attn.v", "cross_attn.k", "ffn.0"]
+            inject_adapter_in_model(LoraConfig(r=4, target_modules=targets), network)
+        self.trainer.precision_plugin.convert_module(network)
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.shard(network)
+        materialise(network, "cpu", seed=self.seed)
+        self.network = network
+
+
+class Notes(Callback):
+    """Every loss, and a checkpoint after so many steps."""
+
+    def __init__(self, save: Path | None, after_steps: int) -> None:
+        self.save, self.after_steps = save, after_steps
+        self.losses: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))
+        if self.save is not None and trainer.global_step == self.after_steps:
+            trainer.save_checkpoint(self.save)
+
+
+def train(
+    steps: range,
+    strategy: str = "single",
+    stage: type[TeacherForcingModule] = TeacherForcingModule,
+    save: Path | None = None,
+    checkpoint: Path | None = None,
+    recipe: NVFP4Recipe | None = None,
+    weights: Path | None = None,
+    learning_rate: float = 0.01,
+    **sharding: Any,
+) -> dict[str, Any]:
+    """Steps of a run on this rank, a checkpoint after two: its losses, weights and average, gathered."""
+    placed: dict[str, Any] = {}
+    kind = STRATEGIES[strategy]
+    if kind is not None:
+        logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+        made = kind(sharding=ShardingOptions(**sharding))
+        placed = {"strategy": made, "devices": int(os.environ["WORLD_SIZE"]), "num_nodes": 1}
+    optimizer = partial(AdamW if weights is None else SGD, lr=learning_rate)
+    module = tiny_module(stage, model=MODEL, optimizer=optimizer, seed=1, weights=weights and str(weights))
+    notes, average = Notes(save, 2), EMA(decay=0.5)
+    plugin = NVFP4Precision(recipe=recipe, seed=1)
+    fit(
+        module,
+        fake_batches(steps.stop, num_frames=16)[steps.start :],
+        [average, notes],
+        checkpoint=checkpoint,
+        max_steps=steps.stop,
+        plugins=[AtomicCheckpointIO(), plugin],
+        **placed,
+    )
+    return {
+        "losses": notes.losses,
+        "weights": whole(module.state_dict()),
+        "average": whole(average.average),
+        "wrapped": sum(isinstance(layer, NVFP4Linear) for layer in module.modules()),
+    }
+
+
+def through_and_resumed(save: Path, **settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    environment = dict(os.environ)
+    through = train(range(3), save=save, **settings)
+    os.environ.update(environment)  # Lightning has forgotten which rank this is
+    return through, train(range(2, 3), checkpoint=save, **settings)
+
+
+@pytest.mark.parametrize("stage", [TeacherForcingModule, LoRAStage], ids=["full", "lora"])
+@pytest.mark.parametrize(("strategy", "num_ranks"), PLACES)
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, strategy, num_ranks, stage):
+    """Random bits that came from a generator, or from a count of calls, would be others after a resume."""
+    run = partial(through_and_resumed, tmp_path / "two.ckpt", strategy=strategy, stage=stage)
+    for through, resumed in run_on_ranks(run, num_ranks, init_process_group=False):
+        assert through["wrapped"] == 10
+        assert len(through["losses"]) == 3
+        assert_same(through["losses"][2:], resumed["losses"])
+        assert_same(through["weights"], resumed["weights"])
+        assert_same(through["average"], resumed["average"])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A network whose head is not zero, as it is at first: then nothing below it would show in the loss."""
+    network = CausalWan(MODEL)
+    network.init_weights(0)
+    nn.init.normal_(network.head.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    file = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file(network.state_dict(), file)
+    return file
+
+
+def mean_losses(results: Sequence[dict[str, Any]]) -> torch.Tensor:
+    return torch.tensor([result["losses"] for result in results], dtype=torch.float64).mean(dim=0)
+
+
+def test_ranks_that_share_a_clip_compute_what_one_rank_does_if_they_share_amax(weights):
+    """Random bits by a rank's own token count, or quantisation blocks that mix chunks, would differ from one rank's.
+    The learning rate is small: gradients differ by bfloat16's rounding of partial sums, as without NVFP4."""
+
+    def losses(num_ranks: int, reduce_amax: bool) -> torch.Tensor:
+        strategy = "single" if num_ranks == 1 else "balanced_sp"
+        run = partial(
+            train,
+            range(3),
+            strategy,
+            recipe=NVFP4Recipe(reduce_amax=reduce_amax),
+            weights=weights,
+            learning_rate=5e-4,
+        )
+        return mean_losses(run_on_ranks(run, num_ranks, init_process_group=False))
+
+    alone = losses(1, True)
+    for num_ranks in (2, 4):
+        torch.testing.assert_close(losses(num_ranks, True), alone, rtol=1e-5, atol=0)
+    by_rank = (losses(2, False) / alone - 1).abs()
+    assert 1e-4 < float(by_rank.max()) < 0.02, "each rank scales by its own amax: nearly the same"
