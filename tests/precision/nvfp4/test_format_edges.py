@@ -225,9 +225,13 @@ def test_a_number_that_is_none_makes_its_whole_matrix_nan(rule: str, tiles: bool
 def test_under_a_finite_given_amax_its_block_is_nan(rule: str, bad: float) -> None:
     x = normal(16, 32)
     x[3, 5] = bad
-    values = quantise(x, rule, amax=torch.tensor(8.0)).dequantise()
+    x[4, 20] = -bad
+    quantised = quantise(x, rule, amax=torch.tensor(8.0))
+    values = quantised.dequantise()
     assert values[3, :16].isnan().all()
-    assert values.isnan().sum() == 16
+    assert values[4, 16:].isnan().all()
+    assert (bytes_of(quantised.scales) == 0x7F).sum() == 2, "of E4M3's two NaNs one"
+    assert values.isnan().sum() == 32
 
 
 def test_the_sign_of_zero_is_kept() -> None:
