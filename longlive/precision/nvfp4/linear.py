@@ -20,10 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from longlive.precision.nvfp4.backends.base import Backend
 from longlive.precision.nvfp4.format import BLOCK, RULES, QuantisedTensor, quantise
-from longlive.precision.nvfp4.recipe import NVFP4Recipe, StepClock, largest_over
+from longlive.precision.nvfp4.recipe import NVFP4Recipe, StepClock
 from longlive.typing import Float, Tensor
-
-__all__ = ["NVFP4Linear", "NVFP4Recipe", "StepClock", "largest_over", "reason_against"]
 
 MULTIPLE = 32
 """In and out features are multiples of this: FP4 GEMMs address whole groups of 16 bytes."""

@@ -129,7 +129,7 @@ class StepClock:
         if isinstance(self._positions, int):
             return torch.arange(self._positions, self._positions + num_tokens, device=device)
         placed = len(self._positions)
-        if not placed <= num_tokens < placed + PADDED_TO:
+        if num_tokens not in (placed, placed + -placed % PADDED_TO):
             return torch.arange(num_tokens, device=device)
         # Rows that only pad have positions that no token has.
         padding = -1 - torch.arange(num_tokens - placed, device=device)

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from helpers.distributed import run_on_ranks
 from longlive.precision.nvfp4.backends.emulated import EmulatedBackend
 from longlive.precision.nvfp4.format import quantise
-from longlive.precision.nvfp4.linear import NVFP4Linear, NVFP4Recipe, StepClock, largest_over, reason_against
+from longlive.precision.nvfp4.linear import NVFP4Linear, reason_against
+from longlive.precision.nvfp4.recipe import NVFP4Recipe, StepClock, largest_over
 
 PACKED = ["weight_packed", "weight_scale", "weight_amax"]
 
@@ -114,6 +115,15 @@ def test_autocast_gives_the_output_its_dtype_and_every_gradient_its_tensor_s(dty
     assert torch.equal(y, layer(x.float()).to(torch.bfloat16))
     y.sum().backward()
     assert (x.grad.dtype, layer.weight.grad.dtype, layer.bias.grad.dtype) == (dtype, torch.float32, torch.float32)
+
+
+def test_a_backward_inside_autocast_computes_the_same():
+    """Recomputed activations run it there: its GEMMs would be rounded to bfloat16."""
+    layer, x = nvfp4(linear(), NVFP4Recipe(stochastic_gradients=False)), gaussian(40, 64).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        inside = torch.autograd.grad(y.sum(), (x, layer.weight, layer.bias), retain_graph=True)
+    assert_same(inside, torch.autograd.grad(y.sum(), (x, layer.weight, layer.bias)))
 
 
 def test_recomputed_activations_give_the_same_gradients():

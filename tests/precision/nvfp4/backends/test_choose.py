@@ -9,7 +9,7 @@ from longlive.precision.nvfp4.backends.choose import BACKENDS, choose_backend
 from longlive.precision.nvfp4.backends.emulated import EmulatedBackend
 from longlive.precision.nvfp4.backends.torchao import TorchAOBackend
 from longlive.precision.nvfp4.backends.transformer_engine import TransformerEngineBackend
-from longlive.precision.nvfp4.linear import NVFP4Recipe
+from longlive.precision.nvfp4.recipe import NVFP4Recipe
 
 STATIC = NVFP4Recipe(activations="static_6")
 

@@ -12,7 +12,8 @@ from torchao.prototype.mx_formats.utils import to_blocked
 from longlive.precision.nvfp4.backends import base, torchao
 from longlive.precision.nvfp4.backends.emulated import EmulatedBackend
 from longlive.precision.nvfp4.backends.torchao import MODULE, TorchAOBackend
-from longlive.precision.nvfp4.linear import NVFP4Linear, NVFP4Recipe
+from longlive.precision.nvfp4.linear import NVFP4Linear
+from longlive.precision.nvfp4.recipe import NVFP4Recipe
 
 WEIGHTS_ONLY = NVFP4Recipe(activations=None)
 

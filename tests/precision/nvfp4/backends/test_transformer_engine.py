@@ -15,7 +15,8 @@ from longlive.precision.nvfp4.backends.transformer_engine import (
     block_scaling_settings,
     refusal,
 )
-from longlive.precision.nvfp4.linear import NVFP4Linear, NVFP4Recipe
+from longlive.precision.nvfp4.linear import NVFP4Linear
+from longlive.precision.nvfp4.recipe import NVFP4Recipe
 
 STATIC = NVFP4Recipe(activations="static_6")
 
