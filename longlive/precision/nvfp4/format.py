@@ -299,21 +299,10 @@ def _encode_rows(
         """A tensor of the device: a GPU divides by Python's numbers as a product with their inverse."""
         return torch.full((), value, device=x.device)
 
-    def over_tile(per_block: Tensor, reduce_rows: str) -> Tensor:
-        """Of `[blocks]`, the largest or the sum over a tile's 16 rows, for each of them."""
-        tile = per_block.view(num_rows // BLOCK, BLOCK, k // BLOCK)
-        if reduce_rows == "max":
-            reduced = tile.amax(1, keepdim=True)
-        else:
-            reduced = tile
-            while reduced.shape[1] > 1:
-                reduced = reduced[:, : reduced.shape[1] // 2] + reduced[:, reduced.shape[1] // 2 :]
-        return reduced.expand(tile.shape).reshape(-1)
-
     M, E = LIMITS[rule]
     block_amax = magnitude.amax(0)
     if tiles:
-        block_amax = over_tile(block_amax, "max")
+        block_amax = over_tiles(block_amax, k // BLOCK, largest=True)
     encode_scale = (constant(M * E) / amax_of_rows).clamp_(max=MAX_FLOAT).masked_fill_(amax_of_rows == 0, 1.0)
     blocks_per_row = k // BLOCK
     decode_scale = encode_scale.reciprocal().repeat_interleave(blocks_per_row)
@@ -334,13 +323,10 @@ def _encode_rows(
     def error(elements: Tensor, scale: Tensor) -> Tensor:
         difference = (elements * scale.float()).mul_(amax).div_(constant(M * E)).sub_(magnitude)
         if rule == "abs_max":
-            largest = difference.abs_().amax(0)
-            return over_tile(largest, "max") if tiles else largest
-        difference = difference.square_() if rule == "mse" else difference.abs_()
-        total = difference[0].clone()
-        for element in difference[1:]:
-            total += element
-        return over_tile(total, "sum") if tiles else total
+            total = difference.abs_().amax(0)
+        else:
+            total = sum_in_order(difference.square_() if rule == "mse" else difference.abs_())
+        return over_tiles(total, k // BLOCK, largest=rule == "abs_max") if tiles else total
 
     scale = to_scale(h)
     elements = elements_at(scale)
@@ -353,6 +339,27 @@ def _encode_rows(
     codes = codes_of(elements).bitwise_or_(is_negative.view(torch.uint8) << 3)
     packed = codes[0::2] | (codes[1::2] << 4)
     return packed.t().reshape(num_rows, k // 2), scale.view(num_rows, blocks_per_row)
+
+
+def sum_in_order(x: Tensor) -> Tensor:
+    """The sum of `[16 blocks]` over the 16, one after the other, as the reference adds them."""
+    total = x[0].clone()
+    for element in x[1:]:
+        total += element
+    return total
+
+
+def over_tiles(x: Tensor, blocks_per_row: int, *, largest: bool) -> Tensor:
+    """Of each block's number, the largest or the sum over the 16 rows of its tile, for each of them: `[blocks]`.
+
+    The sum is a tree of halves, rows 0 to 7 plus rows 8 to 15 first, as a GPU's lanes add theirs.
+    """
+    tiles = x.view(-1, BLOCK, blocks_per_row)
+    reduced = tiles.amax(1, keepdim=True) if largest else tiles
+    while reduced.shape[1] > 1:
+        upper, lower = reduced.chunk(2, dim=1)
+        reduced = upper + lower
+    return reduced.expand(tiles.shape).reshape(-1)
 
 
 def round_nearest(scaled: Tensor) -> Tensor:
@@ -377,8 +384,8 @@ def round_stochastic(scaled: Tensor, u: Tensor) -> Tensor:
 
 
 def step_at(magnitude: Tensor) -> Tensor:
-    """The distance of elements at a magnitude: .5 below 2, 1 below 4, then 2."""
-    power = magnitude.view(torch.int32).bitwise_and(0x7F800000).clamp_(0x3F800000, 0x40800000)
+    """The distance of elements at a magnitude below 8: .5 below 2, 1 below 4, then 2."""
+    power = magnitude.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=0x3F800000)
     return power.view(torch.float32).mul_(0.5)
 
 

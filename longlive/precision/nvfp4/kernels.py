@@ -95,10 +95,9 @@ def _round_element(x: tl.tensor, inverse: tl.tensor, u: tl.tensor, stochastic: t
     scaled = tl.abs(x) * inverse
     scaled = tl.where(scaled > 6.0, 6.0, scaled)
     if stochastic:
-        power = _power_below(scaled, 127 << 23)
-        step = tl.minimum(power, 129 << 23).to(tl.float32, bitcast=True) * 0.5
+        step = _power_below(scaled, 127 << 23).to(tl.float32, bitcast=True) * 0.5
         t = (u * 0.00390625) * step + scaled
-        step_of_sum = tl.minimum(_power_below(t, 127 << 23), 129 << 23).to(tl.float32, bitcast=True) * 0.5
+        step_of_sum = _power_below(t, 127 << 23).to(tl.float32, bitcast=True) * 0.5
         # Steps are powers of two: multiplying by the inverse is exact.
         inverse_step = tl.where(step_of_sum == 0.5, 2.0, tl.where(step_of_sum == 1.0, 1.0, 0.5))
         element = tl.floor(t * inverse_step) * step_of_sum

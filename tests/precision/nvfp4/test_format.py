@@ -15,8 +15,10 @@ from longlive.precision.nvfp4.format import (
     decode,
     hadamard,
     max_magnitude,
+    over_tiles,
     quantise,
     rotation_matrix,
+    sum_in_order,
     unpack,
 )
 
@@ -172,6 +174,31 @@ def test_decisions_between_equal_errors_keep_six(rule: str) -> None:
     x = torch.randint(-12, 13, (64, 256), generator=torch.Generator().manual_seed(2)) / 2
     assert_slow_formula_agrees(x, rule, tiles=False)
     assert_slow_formula_agrees(x, rule, tiles=True)
+
+
+@pytest.mark.parametrize("maximum", [11, 23, 37, 50, 77])
+def test_scales_between_two_of_e4m3_are_decided_by_the_order_of_operations(maximum: int) -> None:
+    """Ratios of small whole numbers are midpoints often: to divide first or last is another scale there."""
+    x = torch.randint(-maximum, maximum + 1, (64, 256), generator=torch.Generator().manual_seed(maximum)) / 8
+    x *= torch.arange(1, 65)[:, None]
+    for rule in RULES:
+        assert_slow_formula_agrees(x, rule, tiles=False)
+
+
+def test_errors_are_added_one_after_the_other() -> None:
+    """Beside 2^24 a one is lost, two of them are not."""
+    x = torch.ones(16, 3)
+    x[0, 0] = x[8, 1] = x[15, 2] = 2.0**24
+    assert (sum_in_order(x) - 2.0**24).tolist() == [0.0, 8.0, 16.0]  # the ones after it are lost, 15 are rounded up
+
+
+def test_errors_of_a_tiles_rows_are_added_in_halves() -> None:
+    x = torch.zeros(16, 2)
+    x[0, 0], x[8, 0], x[1, 0], x[9, 0] = 2.0**24, 1.0, 1.0, 1.0  # 0 + 8 loses a one, 1 + 9 is two
+    x[0, 1], x[1, 1] = 3.0, 4.0
+    assert (over_tiles(x.flatten(), 2, largest=False).view(16, 2) == torch.tensor([2.0**24 + 2, 7.0])).all()
+    x[0, 0] = 0.5
+    assert (over_tiles(x.flatten(), 2, largest=True).view(16, 2) == torch.tensor([1.0, 4.0])).all()
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
