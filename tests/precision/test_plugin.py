@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
@@ -81,6 +82,28 @@ def test_a_layer_that_is_sharded_already_is_refused(make_plugin):
     (message,) = run_on_ranks(convert, 1)
     assert "blocks.0.self_attn.q is sharded already" in message
     assert "convert_module(network) in configure_model" in message
+
+
+@PLUGINS
+def test_an_adapter_on_top_learns_and_the_wrapped_layer_below_does_not(make_plugin):
+    """peft wraps subclasses of nn.Linear; attached after the conversion, it must multiply by the wrapped layer."""
+    plugin, x = make_plugin(), torch.randn(2, 16, 32)
+    ours = plugin.convert_module(network())
+    ours.init_weights(0)
+    layer = ours.blocks[0].self_attn.q
+    with plugin.forward_context():
+        before = layer(x)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["self_attn.q"]), ours)
+    adapted = ours.blocks[0].self_attn.q
+    assert adapted.base_layer is layer
+    with plugin.forward_context():
+        after = adapted(x)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)  # an adapter starts as nothing
+    after.float().square().sum().backward()
+    assert layer.weight.grad is None
+    assert float(adapted.lora_B["default"].weight.grad.norm()) > 0
+    plugin.convert_module(ours)
+    assert adapted.base_layer is layer
 
 
 @PLUGINS
