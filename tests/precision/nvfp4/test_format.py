@@ -194,7 +194,7 @@ def test_errors_are_added_one_after_the_other() -> None:
 
 def test_errors_of_a_tiles_rows_are_added_in_halves() -> None:
     x = torch.zeros(16, 2)
-    x[0, 0], x[8, 0], x[1, 0], x[9, 0] = 2.0**24, 1.0, 1.0, 1.0  # 0 + 8 loses a one, 1 + 9 is two
+    x[0, 0], x[1, 0], x[9, 0] = 2.0**24, 1.0, 1.0  # rows 1 and 9 meet first, and two is not lost
     x[0, 1], x[1, 1] = 3.0, 4.0
     assert (over_tiles(x.flatten(), 2, largest=False).view(16, 2) == torch.tensor([2.0**24 + 2, 7.0])).all()
     x[0, 0] = 0.5
