@@ -114,8 +114,8 @@ class LinearPrecision(Precision):
         unfit = [
             f"{row.name} ({row.reason})" for row in grouped(self.layers) if row.reason and "multiple" in row.reason
         ]
-        but = f"; not {', '.join(unfit)}" if unfit else ""
-        log.info("precision %s: %d linear layers, by %s%s", self.precision, wrapped, self.backend_name, but)
+        but = f"; not wrapped: {', '.join(unfit)}" if unfit else ""
+        log.info("precision %s: %d linear layers, backend %s%s", self.precision, wrapped, self.backend_name, but)
 
 
 def _autocast(device_type: str, enabled: bool) -> torch.autocast:

@@ -139,6 +139,40 @@ def weights(tmp_path_factory) -> Path:
     return file
 
 
+def test_a_second_trainers_plugin_takes_the_layers_over():
+    """Layers of the first Trainer would go on with a clock that nobody advances: the same random bits at every step."""
+    network = CausalWan(MODEL)
+    NVFP4Precision(seed=1).convert_module(network)
+    second = NVFP4Precision(recipe=NVFP4Recipe(activations="static_6"), seed=2)
+    second.convert_module(network)
+    layers = [layer for layer in network.modules() if isinstance(layer, NVFP4Linear)]
+    assert len(layers) == 10 == sum(layer.reason is None for layer in second.layers)
+    assert all(layer.clock is second.clock and layer.recipe is second.recipe for layer in layers)
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = "backend=transformer_engine cannot run here: there is no CUDA device.*would run emulated instead"
+    with pytest.raises(ValueError, match=message):
+        NVFP4Precision(backend="transformer_engine")
+    with pytest.raises(
+        ValueError, match="backend='cutlass' is unknown; use auto, emulated, transformer_engine, torchao"
+    ):
+        NVFP4Precision(backend="cutlass")
+
+
+def test_frozen_weights_are_packed_for_rollouts_and_answer_alike():
+    precision, network = NVFP4Precision(), CausalWan(MODEL).requires_grad_(False)
+    network.init_weights(0)
+    precision.convert_module(network)
+    layer, x = network.blocks[0].ffn[0], torch.randn(32, 64)
+    with precision.forward_context():
+        before = layer(x)
+        precision.freeze(network)
+        assert layer.weight is None
+        torch.testing.assert_close(layer(x), before, rtol=0, atol=0)
+
+
 class Float32Around(NVFP4Precision):
     """Without autocast: bfloat16's rounding of what ranks sum (1e-3 of a gradient) would hide what is tested."""
 
