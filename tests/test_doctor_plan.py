@@ -340,9 +340,9 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str], monkeyp
     for line in (
         "mesh (data x sequence) 1 x 1 = 1 processes on 1 node",
         "clip 8 frames in 2 chunks, 16 tokens per frame",
-        "parameters 1,251,520",
-        "tokens, clean and noisy 2,048",
-        "loss tokens 1,024",
+        "parameters 2,761,984",
+        "tokens, clean and noisy 1,024",
+        "loss tokens 512",
         "raw frames read per clip 29",
         "attention scores that are needed 37.5% of all",
     ):
