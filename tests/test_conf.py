@@ -158,7 +158,9 @@ def test_every_option_of_every_group_is_built(group, name, parts):
         target = part[key]._target_ if key else part._target_
         called = made.func if isinstance(made, partial) else made
         names = {getattr(called, "__name__", ""), type(made).__name__}
-        assert names & set(target.split(".")) or target.endswith(("random_prompts", "lightning_strategy", "choose_precision"))
+        assert names & set(target.split(".")) or target.endswith(
+            ("random_prompts", "lightning_strategy", "choose_precision")
+        )
 
 
 @pytest.mark.parametrize(
