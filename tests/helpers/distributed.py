@@ -166,6 +166,8 @@ def _run_rank(
                 dist.init_process_group(
                     "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=num_ranks
                 )
+                # A function without collectives may be done, and its rank gone, while others still connect.
+                dist.barrier()
             function, args = pickle.loads(call)
             outcome = pickle.dumps(_Outcome(time.monotonic(), result=function(*args)))
         except BaseException:  # pytest's own failures are no Exceptions
