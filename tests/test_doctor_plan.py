@@ -341,10 +341,10 @@ def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str], monkeyp
         "mesh (data x sequence) 1 x 1 = 1 processes on 1 node",
         "clip 8 frames in 2 chunks, 16 tokens per frame",
         "parameters 2,761,984",
-        "tokens, clean and noisy 1,024",
+        "tokens, clean and noisy 768",
         "loss tokens 512",
         "raw frames read per clip 29",
-        "attention scores that are needed 37.5% of all",
+        "attention scores that are needed 44.4% of all",
     ):
         assert line in lines, line
     assert lines[-1].startswith("yes: ")

@@ -112,12 +112,12 @@ class Throughput(Callback):
 
 
 def num_tokens(batch: VideoBatch, module: LongLiveModule) -> int:
-    """Tokens of the batch's whole sequences, clean and noisy copies together."""
-    num_frames = batch.shot_index.shape[1] * module.chunk_frames
+    """Tokens of the batch's whole sequences, clean and noisy copies together, on all ranks of a sequence group."""
+    num_copies = sum(len(rank) for rank in module.sequence.layout(batch.shot_index.shape[1]).pieces)
     if batch.latents is not None:
         height, width = batch.latents.shape[-2:]
     else:
         assert batch.raw_frames is not None
         height, width = (size // module.codec.spatial_ratio for size in batch.raw_frames.shape[-2:])
     rows, columns = module.model_config.patches(height, width)
-    return 2 * batch.batch_size * num_frames * rows * columns
+    return batch.batch_size * num_copies * module.chunk_frames * rows * columns

@@ -40,7 +40,7 @@ from longlive.doctor.plan_work import (
 from longlive.doctor.plan_workload import Workload
 from longlive.modules.teacher_forcing import TeacherForcingModule
 from longlive.parallel.codec_halo import codec_context
-from longlive.parallel.layout import MakeLayout, balanced_layout, check_world
+from longlive.parallel.layout import MakeLayout, check_world, whole_layout
 from longlive.parallel.strategy import ShardedStrategy
 from longlive.rollout.cache import KeyValueCache
 from longlive.rollout.engine import CACHE_DTYPES
@@ -158,7 +158,7 @@ def make_plan(config: DictConfig, machine: Machine) -> Plan:
         size = strategy.sequence_parallel_size or machine.ranks_per_node
         make_layout: MakeLayout = type(strategy).make_layout
     else:
-        size, make_layout = 1, balanced_layout
+        size, make_layout = 1, whole_layout
     check_world(machine.num_gpus, size)
     data_size = machine.num_gpus // size
 

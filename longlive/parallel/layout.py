@@ -3,6 +3,7 @@
 A clip of n chunks is a sequence of 2n *pieces*: every chunk clean (history) and noisy (target). A layout deals them
 out:
 
+- `whole` (no sequence parallelism): all of them on one rank, but for the last chunk's clean copy, which nobody sees.
 - `balanced` (Balanced SP, LongLive-2.0, arXiv 2605.18739): rank r owns the clean *and* the noisy copy of the same run
   of n/P chunks, so targets, loss, codec work and memory are equal on all ranks.
 - `contiguous` (the conventional split, for comparison): `[all clean | all noisy]` cut into P equal runs. Half the ranks
@@ -60,6 +61,20 @@ class SequenceLayout:
 
 def _pieces(role: Role, chunks: range) -> tuple[Piece, ...]:
     return tuple(Piece(role, chunk) for chunk in chunks)
+
+
+def whole_layout(num_chunks: int, size: int = 1) -> SequenceLayout:
+    """One rank owns everything that is seen or scored: a target sees the clean copies of the chunks before it only, so
+    the last one's is left out (a quarter of a clip of two chunks). Sequence ranks keep it, so that their shares are
+    equal.
+
+    Raises:
+        ValueError: if there is more than one rank.
+    """
+    if size != 1:
+        raise ValueError(f"sequence_parallel_size={size}: one rank holds the whole clip; split it with balanced_sp")
+    pieces = _pieces(Role.CLEAN, range(num_chunks - 1)) + _pieces(Role.NOISY, range(num_chunks))
+    return SequenceLayout((pieces,), (range(num_chunks),))
 
 
 def balanced_layout(num_chunks: int, size: int) -> SequenceLayout:

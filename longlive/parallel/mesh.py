@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from longlive.parallel.layout import MakeLayout, SequenceLayout, balanced_layout, check_world
+from longlive.parallel.layout import MakeLayout, SequenceLayout, check_world, whole_layout
 
 DATA = "data_parallel"
 SEQUENCE = "sequence_parallel"
@@ -46,7 +46,7 @@ class SequenceShare:
     rank: int = 0
     size: int = 1
     group: ProcessGroup | None = None
-    make_layout: MakeLayout = balanced_layout
+    make_layout: MakeLayout = whole_layout
     codec_context: str = "auto"
 
     def layout(self, num_chunks: int) -> SequenceLayout:

@@ -25,7 +25,7 @@ from longlive.models.wan.model import CausalWan
 from longlive.parallel.codec_halo import CODEC_CONTEXTS
 from longlive.parallel.fsdp import ShardingOptions, shard_network
 from longlive.parallel.launcher import JointLauncher, end_with_launcher, exit_soon
-from longlive.parallel.layout import MakeLayout, balanced_layout, contiguous_layout
+from longlive.parallel.layout import MakeLayout, balanced_layout, contiguous_layout, whole_layout
 from longlive.parallel.mesh import SEQUENCE, SequenceShare, make_mesh
 from longlive.parallel.sharded_checkpoint import ShardedCheckpoints
 
@@ -40,7 +40,7 @@ class ShardedStrategy(ModelParallelStrategy):
         timeout: of a collective.
     """
 
-    make_layout: ClassVar[MakeLayout] = staticmethod(balanced_layout)
+    make_layout: ClassVar[MakeLayout] = staticmethod(whole_layout)
 
     def __init__(
         self,

@@ -75,7 +75,7 @@ def test_the_velocity_of_a_chunk_is_one_forward_of_its_history_and_itself(
     module = make_module(**changes)
     inputs = module.make_inputs(module.encode(batch), batch, 0)
     predicted = velocity(module, batch)
-    clean, noisy = inputs.latents.split(6, dim=1)
+    clean, noisy = inputs.latents.split([4, 6], dim=1)
     offset = changes.get("shot_rope_offset", 0.0)
     for sample in range(2):
         for chunk in range(3):
@@ -88,7 +88,7 @@ def test_the_velocity_of_a_chunk_is_one_forward_of_its_history_and_itself(
             with torch.no_grad():
                 alone = module.trained_network(
                     latents=torch.cat([clean[sample, past], noisy[sample, frames]])[None],
-                    timesteps=torch.cat([torch.zeros(2 * chunk), inputs.timesteps[sample, 6:][frames]])[None],
+                    timesteps=torch.cat([torch.zeros(2 * chunk), inputs.target_timesteps[sample, frames]])[None],
                     prompt_embeds=module.text_encoder.encode(PROMPTS[sample][: chunk + 1]),
                     prompt_index=torch.arange(chunk + 1)[None],
                     frame_positions=torch.tensor(
@@ -189,7 +189,7 @@ def test_a_step_returns_what_its_loss_is_made_of(
     expected = (velocity(module, batch) - inputs.target).square().flatten(2).mean(2)
     torch.testing.assert_close(result["frame_errors"], expected, atol=1e-5, rtol=1e-5)
     assert not result["frame_errors"].requires_grad
-    assert torch.equal(result["timesteps"], inputs.timesteps[:, 6:])
+    assert torch.equal(result["timesteps"], inputs.timesteps[:, 4:])
     assert result["scored"].all()
     assert phases == ["encode", "forward"]
 

@@ -11,6 +11,7 @@ from longlive.parallel.layout import (
     check_world,
     contiguous_layout,
     name_divisors,
+    whole_layout,
 )
 
 LAYOUTS = {"balanced": balanced_layout, "contiguous": contiguous_layout}
@@ -19,6 +20,13 @@ LAYOUTS = {"balanced": balanced_layout, "contiguous": contiguous_layout}
 def written(layout: SequenceLayout) -> list[str]:
     """`c0 n0` for the clean and noisy copy of chunk 0."""
     return [" ".join(f"{piece.role.value[0]}{piece.chunk}" for piece in rank) for rank in layout.pieces]
+
+
+def test_a_rank_alone_leaves_out_the_clean_copy_that_nobody_sees() -> None:
+    assert written(whole_layout(4)) == ["c0 c1 c2 n0 n1 n2 n3"]
+    assert written(whole_layout(1)) == ["n0"]
+    with pytest.raises(ValueError, match="balanced_sp"):
+        whole_layout(4, 2)
 
 
 def test_balanced_ranks_own_both_copies_of_the_same_chunks() -> None:
