@@ -69,6 +69,7 @@ class MuonAdamW(Optimizer):
         momentum: Muon's.
         betas: AdamW's.
         weight_decay: of both, decoupled.
+        ns_steps: Newton-Schulz iterations of Muon.
 
     Raises:
         ValueError: if there is no matrix inside `blocks`, or nothing else.
@@ -82,6 +83,7 @@ class MuonAdamW(Optimizer):
         momentum: float = 0.95,
         betas: Sequence[float] = (0.9, 0.999),
         weight_decay: float = 0.0,
+        ns_steps: int = 5,
     ) -> None:
         matrices: list[tuple[str, nn.Parameter]] = []
         others: list[tuple[str, nn.Parameter]] = []
@@ -93,7 +95,14 @@ class MuonAdamW(Optimizer):
                 "it needs both. Use optimizer=adamw"
             )
         self.parts: tuple[Optimizer, ...] = (
-            ShardedMuon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            ShardedMuon(
+                matrices,
+                lr=lr,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                ns_steps=ns_steps,
+                adjust_lr_fn="match_rms_adamw",
+            ),
             AdamW(others, lr=adamw_lr, betas=(betas[0], betas[1]), weight_decay=weight_decay),
         )
         super().__init__([{"params": matrices}, {"params": others}], {"lr": lr})
