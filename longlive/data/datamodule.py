@@ -32,6 +32,7 @@ from longlive.data.order import FinitePositionBatches, PositionBatches, accumula
 from longlive.data.reader import ShardReader
 from longlive.data.sample import ClipSpec, ReadsWindows, collate
 from longlive.data.shards import is_local
+from longlive.data.shots import SCENE_CUT_PHRASE, ShotRules
 from longlive.data.streamed import StreamedShards
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class VideoDataModule(LightningDataModule):
         reader: `"indexed"` (local directories), `"streamed"` (anything WebDataset can open), or `"auto"`.
         temporal_ratio: raw frames per frame, the codec's.
         decoder: `"pyav"`, or `"decord"` (decord where it is frame-accurate, PyAV elsewhere).
+        scene_cut_phrase, max_chunks_per_shot, forced_cut_margin: what becomes of the shots of a video; see `ShotRules`.
 
     Raises:
         ValueError: if the sizes do not fit together or the reader does not fit the location.
@@ -79,9 +81,21 @@ class VideoDataModule(LightningDataModule):
         reader: str = "auto",
         temporal_ratio: int = 4,
         decoder: str = "pyav",
+        scene_cut_phrase: str = SCENE_CUT_PHRASE,
+        max_chunks_per_shot: int | None = None,
+        forced_cut_margin: float | int = 1.0,
     ) -> None:
         super().__init__()
-        self.spec = ClipSpec(num_frames, chunk_frames, height, width, fps, temporal_ratio, decoder)
+        self.spec = ClipSpec(
+            num_frames,
+            chunk_frames,
+            height,
+            width,
+            fps,
+            temporal_ratio,
+            decoder,
+            shot_rules=ShotRules(scene_cut_phrase, max_chunks_per_shot, forced_cut_margin),
+        )
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if num_workers < 0:

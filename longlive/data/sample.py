@@ -1,8 +1,9 @@
 """One sample: the members of a tar become raw frames, prompts and shots of the size that training asks for.
 
 Time first: the source's frames are resampled to the config's rate by their time stamps, a run of the clip's length is
-chosen (by `rng` from the sample and the epoch), and only those frames are decoded. A clip that is too short repeats its
-last frame, and says how many frames are real. Then space: the centre is cut to the wanted aspect ratio and scaled.
+chosen (by `rng` from the sample and the epoch; `shots.py` says how it goes round cuts), and only those frames are
+decoded. A clip that is too short repeats its last frame, and says how many frames are real. Then space: the centre is
+cut to the wanted aspect ratio and scaled.
 
 Under sequence parallelism a rank wants a `ClipWindow` of the clip: it decodes and returns only those raw frames. The
 choice of the clip, its prompts, shots and padding do not depend on the window, so all sequence ranks agree on them.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from longlive import rng
 from longlive.data.batch import VideoBatch
 from longlive.data.shards import video_suffix
-from longlive.data.shots import Shot, shots_of_chunks
+from longlive.data.shots import ChunkSizes, Shot, ShotRules, plan_clip, runs_of_shots
 from longlive.data.sources import shots_from_caption
 from longlive.data.video import UnreadableVideoError, check_decoder, open_video
 from longlive.typing import Tensor, UInt8
@@ -75,6 +76,7 @@ class ClipSpec:
         temporal_ratio: the codec's.
         decoder: as `open_video`'s.
         window: the part that is read here; None: the whole clip.
+        shot_rules: what becomes of the shots of a video.
     """
 
     num_frames: int
@@ -85,6 +87,7 @@ class ClipSpec:
     temporal_ratio: int = 4
     decoder: str = "pyav"
     window: ClipWindow | None = None
+    shot_rules: ShotRules = field(default_factory=ShotRules)
 
     def __post_init__(self) -> None:
         check_decoder(self.decoder)
@@ -155,14 +158,6 @@ def resample(timestamps: np.ndarray, source_fps: float | int, fps: float | int) 
     return np.searchsorted(midpoints + tolerance, times, side="left")
 
 
-def crop_in_time(num_available: int, num_wanted: int, seed: int, epoch: int, sample_id: int) -> list[int]:
-    """Positions of the raw frames to take: a random window of the wanted length, or all and the last one repeated."""
-    if num_available > num_wanted:
-        start = rng.integer(num_available - num_wanted + 1, seed, "crop", step=epoch, sample=sample_id)
-        return list(range(start, start + num_wanted))
-    return [min(position, num_available - 1) for position in range(num_wanted)]
-
-
 def centre_crop_and_resize(
     frames: UInt8[Tensor, "t 3 H W"], height: int, width: int, pixel_aspect: float = 1.0
 ) -> UInt8[Tensor, "t 3 h w"]:
@@ -211,20 +206,24 @@ def decode_sample(
                     f"the video has {video.num_raw_frames} raw frames, its json says {num_raw_frames}"
                 )
             at_rate = resample(video.index.timestamps, video.fps, spec.fps)
-            positions = crop_in_time(len(at_rate), spec.num_raw_frames, seed, epoch, sample_id)
-            indices = [int(at_rate[position]) for position in positions]
+            plan = plan_clip(
+                runs_of_shots(shots, at_rate.tolist()),
+                spec.num_frames // spec.chunk_frames,
+                ChunkSizes(spec.chunk_frames, spec.temporal_ratio),
+                spec.shot_rules,
+                margin=round(spec.shot_rules.forced_cut_margin * spec.fps),
+                draw=lambda high: rng.integer(high, seed, "crop", step=epoch, sample=sample_id),
+            )
             window = spec.window or ClipWindow(0, spec.num_raw_frames, frame_offset=0)
-            wanted = indices[window.start : window.stop]
+            wanted = [int(at_rate[position]) for position in plan.positions[window.start : window.stop]]
             frames = centre_crop_and_resize(video.read(wanted), spec.height, spec.width, video.index.pixel_aspect)
     except (ValueError, KeyError, TypeError, UnreadableVideoError) as error:
         raise UnreadableSampleError(f"{type(error).__name__}: {error}") from error
-    prompts, shot_index = shots_of_chunks(shots, indices, spec.chunk_frames, spec.temporal_ratio)
-    num_valid_raw_frames = min(len(at_rate), spec.num_raw_frames)
     return VideoSample(
         raw_frames=frames,
-        prompts=prompts,
-        shot_index=shot_index,
-        num_valid_frames=1 + (num_valid_raw_frames - 1) // spec.temporal_ratio,
+        prompts=plan.prompts,
+        shot_index=plan.shot_index,
+        num_valid_frames=plan.num_valid_frames,
         sample_id=sample_id,
         frame_offset=window.frame_offset,
     )

@@ -9,6 +9,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 from helpers.videos import encode, numbered_frames, numbers
+from longlive import rng
 from longlive.data import video
 from longlive.data.sample import (
     ClipSpec,
@@ -16,10 +17,10 @@ from longlive.data.sample import (
     UnreadableSampleError,
     centre_crop_and_resize,
     collate,
-    crop_in_time,
     decode_sample,
     resample,
 )
+from longlive.data.shots import ShotRules
 
 SPEC = ClipSpec(num_frames=6, chunk_frames=2, height=48, width=80, fps=24)
 
@@ -56,28 +57,46 @@ def test_uneven_frames_are_resampled_by_their_time_stamps() -> None:
     assert resample(timestamps, 5.0, 5.0).tolist() == [0, 2, 4, 4, 5, 5, 6]
 
 
-def test_a_window_of_a_long_clip_is_a_function_of_its_names() -> None:
-    window = crop_in_time(100, 21, seed=1, epoch=2, sample_id=3)
-    assert window == list(range(window[0], window[0] + 21))
-    assert window == crop_in_time(100, 21, seed=1, epoch=2, sample_id=3)
-    others = [crop_in_time(100, 21, *names)[0] for names in ((1, 3, 3), (1, 2, 4), (2, 2, 3))]
-    assert len({window[0], *others}) > 2
-    starts = {crop_in_time(23, 21, 0, epoch, 0)[0] for epoch in range(50)}
-    assert starts == {0, 1, 2}
+def first_frame(num_frames: int, seed: int, epoch: int, sample_id: int) -> int:
+    return numbers(decode_sample(LONG[num_frames], SPEC, seed=seed, epoch=epoch, sample_id=sample_id).raw_frames)[0]
 
 
-def test_a_short_clip_repeats_its_last_frame() -> None:
-    assert crop_in_time(3, 5, 0, 0, 0) == [0, 1, 2, 2, 2]
-    assert crop_in_time(5, 5, 0, 0, 0) == [0, 1, 2, 3, 4]
+LONG = {num_frames: members(num_frames) for num_frames in (23, 50)}
 
 
-def test_a_sample_is_the_window_of_its_clip() -> None:
-    sample = decode_sample(members(), SPEC, seed=0, epoch=0, sample_id=7)
-    start = crop_in_time(50, 21, 0, 0, 7)[0]
+def test_a_clip_of_a_long_video_is_a_function_of_its_names() -> None:
+    start = first_frame(50, seed=1, epoch=2, sample_id=3)
+    assert start == first_frame(50, seed=1, epoch=2, sample_id=3)
+    others = [first_frame(50, *names) for names in ((1, 3, 3), (1, 2, 4), (2, 2, 3))]
+    assert len({start, *others}) > 2
+    assert {first_frame(23, 0, epoch, 0) for epoch in range(15)} == {0, 1, 2}
+
+
+def test_a_sample_is_a_part_of_its_video() -> None:
+    sample = decode_sample(LONG[50], SPEC, seed=0, epoch=0, sample_id=7)
+    start = rng.integer(50 - 21 + 1, 0, "crop", sample=7)
     assert numbers(sample.raw_frames) == list(range(start, start + 21))
     assert (sample.num_valid_frames, sample.sample_id, sample.prompts, sample.shot_index) == (
         6, 7, ("bars",) * 3, (0, 0, 0),
     )  # fmt: skip
+
+
+def test_no_chunk_of_a_sample_straddles_a_cut() -> None:
+    """Cuts at 10 and 24 of 40 frames at twice the rate: 5 and 12 of 20. Chunks take 5, 8 and 8."""
+    shots = [{"start": a, "end": b, "caption": c} for a, b, c in ((0, 10, "x"), (10, 24, "y"), (24, 40, "z"))]
+    content = members(40, fps=48) | {"json": json.dumps({"num_raw_frames": 40, "shots": shots}).encode()}
+    spec = replace(SPEC, shot_rules=ShotRules("Cut. "))
+    sample = decode_sample(content, spec, seed=0, epoch=0, sample_id=7)
+    assert numbers(sample.raw_frames) == [*range(0, 10, 2), *range(24, 40, 2), *[38] * 8]
+    assert (sample.prompts, sample.shot_index, sample.num_valid_frames) == (("x", "Cut. z", "z"), (0, 1, 1), 4)
+
+
+def test_shots_longer_than_allowed_are_cut_by_force() -> None:
+    """A margin of a quarter of a second: 6 raw frames at 24 per second, of a video at twice that rate."""
+    spec = replace(SPEC, shot_rules=ShotRules("Cut. ", max_chunks_per_shot=1, forced_cut_margin=0.25))
+    sample = decode_sample(members(66, fps=48), spec, seed=0, epoch=0, sample_id=7)
+    assert numbers(sample.raw_frames) == [*range(0, 10, 2), *range(22, 38, 2), *range(50, 66, 2)]
+    assert (sample.prompts, sample.shot_index) == (("bars", "Cut. bars", "Cut. bars"), (0, 1, 2))
 
 
 @pytest.mark.parametrize(("num_frames", "num_valid"), [(1, 1), (4, 1), (5, 2), (20, 5), (21, 6)])
@@ -200,7 +219,7 @@ def test_a_batch_says_where_its_window_begins() -> None:
     assert batch.frame_offset == 3
     assert batch.raw_frames.shape == (2, 12, 3, 48, 80)
     assert batch.shot_index.tolist() == [[0, 1, 1]] * 2
-    assert batch.prompts == (("first", "second", "second"),) * 2
+    assert batch.prompts == (("first", "The scene transitions. second", "second"),) * 2
     assert batch.num_valid_frames.tolist() == [5, 5]
 
 

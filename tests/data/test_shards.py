@@ -56,8 +56,8 @@ def test_the_index_points_at_every_member_of_every_sample(pristine_shards: Path)
             "fps": 24,
             "num_raw_frames": 9 + clip % 3,
             "shots": [
-                {"start": 0, "end": 5, "caption": f"clip {clip} begins"},
-                {"start": 5, "end": 9 + clip % 3, "caption": f"clip {clip} ends"},
+                {"start": 0, "end": 5 + clip % 3, "caption": f"clip {clip} begins"},
+                {"start": 5 + clip % 3, "end": 9 + clip % 3, "caption": f"clip {clip} ends"},
             ],
         }
         frames = open_video(members["mp4"]).read(range(sample.num_raw_frames))

@@ -8,7 +8,8 @@ from longlive.data.sources import SourceClip, UnreadableClipError
 
 
 class NumberedSource:
-    """Clip i is `clip-<i>` of `9 + i % 3` raw frames; its frame t spells `16 i + t`. Those in `unreadable` raise."""
+    """Clip i is `clip-<i>` of `9 + i % 3` raw frames, the last four a shot of their own; its frame t spells `16 i + t`.
+    Those in `unreadable` raise."""
 
     def __init__(self, num_clips: int = 11, unreadable: tuple[int, ...] = ()) -> None:
         self.num_clips, self.unreadable = num_clips, unreadable
@@ -22,5 +23,6 @@ class NumberedSource:
             raise UnreadableClipError(key, "made so")
         num_raw_frames = 9 + index % 3
         frames = torch.roll(numbered_frames(256, 16, 32), -16 * index, 0)[:num_raw_frames]
-        shots = (Shot(0, 5, f"clip {index} begins"), Shot(5, num_raw_frames, f"clip {index} ends"))
+        cut = num_raw_frames - 4
+        shots = (Shot(0, cut, f"clip {index} begins"), Shot(cut, num_raw_frames, f"clip {index} ends"))
         return SourceClip(key=key, fps=24, shots=shots, frames=frames)
