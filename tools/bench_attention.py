@@ -16,15 +16,9 @@ fresh process after a small warm-up.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +26,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from longlive.doctor.machine import commit, processor_name
+from bench_record import header, main, make_parser, summary, time_of
+from longlive.callbacks.rank_measure import memory, restart_high_water_mark
 from longlive.models.attention import ChunkedAttention, FlexAttention, MaskedAttention, TeacherForcingAttention
 from longlive.models.visibility import VisibilityRule, count_entries, count_useful_entries, teacher_forcing_segments
 from longlive.models.wan.rope import rotation
@@ -67,15 +62,10 @@ class Case:
         """Seconds of one forward and backward."""
         for x in self.inputs:
             x.grad = None
-        self._synchronize()
-        start = time.perf_counter()
-        self.attention(*self.inputs, self.rotation, layer=0).backward(self.gradient)
-        self._synchronize()
-        return time.perf_counter() - start
+        return time_of(self.forward_and_backward, self.device.type)[0]
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def forward_and_backward(self) -> None:
+        self.attention(*self.inputs, self.rotation, layer=0).backward(self.gradient)
 
 
 def peak_memory(name: str, settings: argparse.Namespace) -> int | None:
@@ -89,37 +79,22 @@ def peak_memory(name: str, settings: argparse.Namespace) -> int | None:
         before = torch.cuda.memory_allocated()
         case.run()
         return int(torch.cuda.max_memory_allocated() - before)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    # The high-water mark of imports would hide what attention needs: start it again from what is held now.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _high_water_mark(status)
+    # The high-water mark of imports would hide what attention needs.
+    before = restart_high_water_mark()
     case.run()
-    return _high_water_mark(status) - before
-
-
-def _high_water_mark(status: Path) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def hardware(settings: argparse.Namespace) -> str:
-    """The name of what computes."""
-    if settings.device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{processor_name()}, {settings.threads} of {os.cpu_count()} cores"
+    return memory("VmHWM") - before if before else None
 
 
 def measure(settings: argparse.Namespace) -> dict[str, Any]:
     """The whole record: what ran where, and one row per function."""
+    record = header(settings)
     torch.set_num_threads(settings.threads)
     # On the CPU FlexAttention has no backward.
     names = [name for name in FUNCTIONS if name != "flex" or settings.device == "cuda"]
-    memory = {}
+    peaks = {}
     for name in track(names, "memory", transient=True):
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
-            memory[name] = process.submit(peak_memory, name, settings).result()
+            peaks[name] = process.submit(peak_memory, name, settings).result()
 
     cases = {name: Case(name, settings, settings.tokens) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -134,12 +109,7 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
     computed = {name: count_entries(segments) if name == BASELINE else useful for name in names}
     ideal = count_entries(segments) / useful
     medians = {name: statistics.median(seconds[name]) for name in names}
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(Path(__file__)),
-        "hardware": hardware(settings),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "settings": {name: value for name, value in vars(settings).items() if name != "json"},
+    return record | {
         "useful_share_of_all_entries": useful / count_entries(segments),
         "functions": {
             name: {
@@ -148,7 +118,7 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
                 "speedup": medians[BASELINE] / medians[name],
                 "speedup_of_ideal": medians[BASELINE] / medians[name] / ideal,
                 "useful_share_of_computed": useful / computed[name],
-                "peak_memory_bytes": memory[name],
+                "peak_memory_bytes": peaks[name],
             }
             for name in names
         },
@@ -161,13 +131,13 @@ def show(record: dict[str, Any]) -> None:
     table = Table(
         title=f"{settings['chunks']} clean + {settings['chunks']} noisy chunks x {settings['tokens']} tokens, "
         f"{settings['heads']} heads x {settings['head_dim']}, {settings['dtype']}, forward + backward",
-        caption=f"{record['hardware']}; torch {record['versions']['torch']}; commit {record['commit']}; useful entries "
-        f"{record['useful_share_of_all_entries']:.1%} of all; medians of {settings['repeats']}",
+        caption=f"{summary(record)}; useful entries {record['useful_share_of_all_entries']:.1%} of all; medians of "
+        f"{settings['repeats']}",
     )
     for title in ("function", "median", "fastest", "speed-up", "of ideal", "useful", "peak memory"):
         table.add_column(title, justify="left" if title == "function" else "right")
     for name, row in record["functions"].items():
-        memory = row["peak_memory_bytes"]
+        peak = row["peak_memory_bytes"]
         table.add_row(
             name,
             f"{row['median_ms']:.1f} ms",
@@ -175,7 +145,7 @@ def show(record: dict[str, Any]) -> None:
             f"{row['speedup']:.2f}x",
             f"{row['speedup_of_ideal']:.0%}",
             f"{row['useful_share_of_computed']:.0%}",
-            "unknown" if memory is None else f"{memory / 2**20:.0f} MiB",
+            "unknown" if peak is None else f"{peak / 2**20:.0f} MiB",
         )
     console = Console()
     console.print(table)
@@ -183,24 +153,16 @@ def show(record: dict[str, Any]) -> None:
         console.print("flex: no backward on the CPU, so not measured", style="dim")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def command_line() -> argparse.ArgumentParser:
+    parser = make_parser("bench_attention", __doc__)
     parser.add_argument("--chunks", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=128, help="per chunk")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--json", type=Path, default=Path("runs/bench_attention.json"))
-    settings = parser.parse_args()
-    record = measure(settings)
-    show(record)
-    settings.json.parent.mkdir(parents=True, exist_ok=True)
-    settings.json.write_text(json.dumps(record, indent=2) + "\n")
-    Console().print(f"written to {settings.json}")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    main(command_line(), measure, show)

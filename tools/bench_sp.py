@@ -40,12 +40,10 @@ import argparse
 import json
 import logging
 import os
-import platform
 import socket
 import statistics
 import tempfile
 import warnings
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +55,12 @@ from rich.table import Table
 from torch import multiprocessing
 from torch.utils.data import DataLoader
 
+from bench_record import header, main, make_parser, summary
 from longlive.callbacks.rank_measure import COUNTS, PHASES, RankMeasure
 from longlive.config import compose, instantiate
 from longlive.data.batch import BatchSpec, VideoBatch
 from longlive.data.shards import write_shards
 from longlive.data.toyworld import ToyWorldSource
-from longlive.doctor.machine import commit, processor_name
 from longlive.doctor.plan import Plan, make_plan
 from longlive.doctor.plan_config import Machine, codec_of, module_of
 
@@ -273,8 +271,8 @@ def _most(variant: dict[str, Any], name: str) -> float:
 
 def measure(settings: argparse.Namespace) -> dict[str, Any]:
     """The whole record."""
+    record = header(settings, settings.ranks)
     torch.set_num_threads(settings.threads)
-    load_average = os.getloadavg()[0]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as shards, Progress(transient=True) as progress:
         task = progress.add_task("writing clips", total=settings.rounds * len(settings.frames) * len(VARIANTS))
@@ -310,15 +308,7 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
         }
         check_losses({name: variant["loss"] for name, variant in variants.items()}, plans[num_frames, "balanced"])
         found[str(num_frames)] = {"variants": variants, "ratios_to_balanced": compare(variants)}
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(Path(__file__)),
-        "hardware": hardware(settings),
-        "load_average": load_average,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "settings": {name: value for name, value in vars(settings).items() if name != "json"},
-        "clips": found,
-    }
+    return record | {"clips": found}
 
 
 def check_losses(losses: dict[str, float], plan: Plan) -> None:
@@ -326,14 +316,6 @@ def check_losses(losses: dict[str, float], plan: Plan) -> None:
     tolerance = 1e-5 if plan.precision == "32-true" else 1e-2
     if max(losses.values()) - min(losses.values()) > tolerance * max(losses.values()):
         raise RuntimeError(f"the loss of the first step differs: {losses}")
-
-
-def hardware(settings: argparse.Namespace) -> str:
-    """The name of what computes."""
-    if settings.device == "cuda":
-        return f"{settings.ranks} x {torch.cuda.get_device_name()}"
-    threads = f"{settings.threads} thread{'s' if settings.threads > 1 else ''}"
-    return f"{processor_name()}, {settings.ranks} ranks x {threads}, {os.cpu_count()} cores"
 
 
 def show(record: dict[str, Any]) -> None:
@@ -371,31 +353,20 @@ def show(record: dict[str, Any]) -> None:
                 "counted",
                 highlight=False,
             )
-    versions, settings = record["versions"], record["settings"]
-    console.print(
-        f"{record['hardware']}, load average before {record['load_average']:.1f}; torch {versions['torch']}; commit "
-        f"{record['commit']}; {settings['rounds']} rounds of {settings['steps']} steps"
-    )
+    settings = record["settings"]
+    console.print(f"{summary(record)}; {settings['rounds']} rounds of {settings['steps']} steps")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def command_line() -> argparse.ArgumentParser:
+    parser = make_parser("bench_sp", __doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--frames", type=int, nargs="+", default=[24, 96], help="clip lengths")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="timed steps per round and variant")
-    parser.add_argument("--threads", type=int, default=1, help="per rank")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--no-read", dest="read", action="store_false", help="random latents: no shards, no codec")
-    parser.add_argument("--json", type=Path, default=Path("runs/bench_sp.json"))
     parser.add_argument("overrides", nargs="*", help="settings of `longlive train`, such as data.height=128")
-    settings = parser.parse_args()
-    record = measure(settings)
-    show(record)
-    settings.json.parent.mkdir(parents=True, exist_ok=True)
-    settings.json.write_text(json.dumps(record, indent=2) + "\n")
-    Console().print(f"written to {settings.json}")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    main(command_line(), measure, show)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,7 +17,9 @@ def processor_name() -> str:
 
 
 def commit(file: Path) -> str:
-    """The commit of a file's checkout, marked if the tree differs from it."""
+    """The commit of a file's checkout, marked if the tree differs from it; `unknown` without one, or without git."""
+    if shutil.which("git") is None:
+        return "unknown"
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=file.parent,
