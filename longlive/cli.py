@@ -37,6 +37,9 @@ _COMMANDS = {
     "generate": _Command(
         "longlive.generate", "generate", "roll out videos: longlive generate checkpoint=... prompts=..."
     ),
+    "export": _Command(
+        "longlive.export", "export", "one file of a run's weights: longlive export checkpoint=... format=... output=..."
+    ),
     "shards": _Command(
         "longlive.make_shards",
         "make_shards",

@@ -1,9 +1,9 @@
 """`longlive generate`: a checkpoint and prompts become videos, a contact sheet and a record of how they were made.
 
-The checkpoint says what it is: network, codec, text encoder, chunk size and rollout settings come from the config
-inside it; `rollout.*` settings given here replace those. Every video is a function of (checkpoint, settings, prompt,
-seed, its number), and is
-written whole or not at all: an interrupted run started again keeps the finished ones.
+The checkpoint, or the file that `longlive export` made of it, says what it is: network, codec, text encoder, chunk size
+and rollout settings come from the config inside it; `rollout.*` settings given here replace those. Every video is a
+function of (checkpoint, settings, prompt, seed, its number), and is written whole or not at all: an interrupted run
+started again keeps the finished ones.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins import Precision
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from longlive import __version__
-from longlive.callbacks.ema import averaged_weights
 from longlive.callbacks.sample_video import slug
 from longlive.codecs.base import num_raw_frames
 from longlive.config import instantiate, to_plain
 from longlive.data.atomic import write_aside
 from longlive.data.video import open_video
 from longlive.data.video_writer import write_mp4
-from longlive.modules.base import LongLiveModule, to_unit_range
-from longlive.parallel.checkpoint import check_same_shapes, find_checkpoint, load_checkpoint, with_frozen
+from longlive.modules.base import to_unit_range
 from longlive.precision.auto import autocast_context
+from longlive.precision.nvfp4.linear import NVFP4Linear
+from longlive.precision.nvfp4.plugin import NVFP4Precision
+from longlive.precision.nvfp4.recipe import NVFP4Recipe
 from longlive.precision.plugin import LinearPrecision
 from longlive.rollout.engine import ChunkReport
 from longlive.rollout.video import Timings, generate_videos
+from longlive.trained import Trained, load_trained
 from longlive.typing import Tensor, UInt8
 
 log = logging.getLogger(__name__)
@@ -57,12 +59,11 @@ def generate(config: DictConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     prompts = read_prompts(config.prompts)
-    path = find_checkpoint(config.checkpoint)
-    checkpoint = load_checkpoint(path)
-    module = load_module(checkpoint, path)
+    trained = load_trained(config.checkpoint)
+    module = trained.module
     given: dict[str, Any] = {str(name): value for name, value in config.rollout.items() if value is not None}
     settings = replace(module.rollout, **given)
-    training = checkpoint["config"]["data"]
+    training = trained.config["data"]
     num_frames = config.num_frames or training["num_frames"]
     num_chunks = settings.num_chunks(num_frames)
     height, width = config.height or training["height"], config.width or training["width"]
@@ -75,14 +76,14 @@ def generate(config: DictConfig) -> dict[str, Any]:
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]} must be at least 1")
     metric = None if config.metric is None else instantiate(config.metric)
-    precision: Precision | str = instantiate(config.precision)
+    precision, precision_record = precision_of(trained, config)
 
     directory = Path(config.directory)
     directory.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         "settings": {
-            "checkpoint": str(path),
-            "step": checkpoint["global_step"],
+            "checkpoint": str(trained.path),
+            "step": trained.step,
             "seed": config.seed,
             "negative_prompt": config.negative_prompt,
             "num_frames": num_frames,
@@ -90,7 +91,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
             "width": width,
             "fps": fps,
             "rollout": asdict(settings),
-            "precision": precision if isinstance(precision, str) else to_plain(config.precision),
+            "precision": precision_record,
             "prompts": prompts,
         },
         "version": __version__,
@@ -178,26 +179,45 @@ def read_prompts(prompts: Any) -> list[str]:
     return found
 
 
-def load_module(checkpoint: Mapping[str, Any], path: Path) -> LongLiveModule:
-    """The module of a checkpoint, with its averaged weights, in eval mode, on the CPU.
+def precision_of(trained: Trained, config: DictConfig) -> tuple[Precision | str, Any]:
+    """The precision of a rollout, and what the record says of it.
+
+    Packed layers multiply in NVFP4 whatever would be `auto` otherwise. They were packed once for all, so settings that
+    choose layers or the weights' rule are those of the file.
 
     Raises:
-        ValueError: if the checkpoint holds no config, or weights of another network than its config describes.
+        ValueError: for a precision that would not use what is packed as it is.
     """
-    if not checkpoint.get("config"):
+    packing = trained.packing
+    if packing is not None and config.precision.get("precision") == "auto":
+        recipe, layers = NVFP4Recipe(weights=packing.rule), packing.layers
+        kept = packing.keep_last_blocks_bf16
+        nvfp4 = NVFP4Precision(recipe=recipe, layers=layers, keep_last_blocks_bf16=kept, seed=config.seed)
+        return nvfp4, {
+            "precision": nvfp4.precision,
+            "recipe": asdict(recipe),
+            "layers": list(layers),
+            "keep_last_blocks_bf16": kept,
+        }
+    precision: Precision | str = instantiate(config.precision)
+    record = precision if isinstance(precision, str) else to_plain(config.precision)
+    if packing is None:
+        return precision, record
+    if not isinstance(precision, NVFP4Precision):
         raise ValueError(
-            f"{path} holds no config, so it does not say what network it is; it was not written by `longlive train`"
+            f"{trained.path} holds NVFP4 weights; use precision=nvfp4 (or auto), and to multiply unquantised "
+            "activations by them precision.recipe.activations=null"
         )
-    config = OmegaConf.create(checkpoint["config"])
-    weights = averaged_weights(checkpoint)
-    if not checkpoint.get("trainable_only"):
-        config.module.weights = None
-    module: LongLiveModule = instantiate(config.module)
-    module.configure_model()
-    weights = with_frozen(module, weights)
-    check_same_shapes(module.state_dict(), weights)
-    module.load_state_dict(weights)
-    return module.eval()
+    network = trained.module.trained_network
+    packed = {name for name, layer in network.named_modules() if isinstance(layer, NVFP4Linear)}
+    chosen = {layer.name for layer in precision.selection.of(network, NVFP4Linear) if layer.reason is None}
+    if precision.recipe.weights != packing.rule or chosen != packed:
+        raise ValueError(
+            f"{trained.path} is packed with rule={packing.rule}, layers=[{','.join(packing.layers)}], "
+            f"keep_last_blocks_bf16={packing.keep_last_blocks_bf16}; precision.recipe.weights, precision.layers and "
+            "precision.keep_last_blocks_bf16 must say the same, as they do with precision=auto"
+        )
+    return precision, record
 
 
 def device_name() -> str:

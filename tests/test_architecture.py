@@ -15,13 +15,15 @@ LEVELS = (
     ("data", "diffusion"),
     ("codecs", "text", "models"),
     ("parallel",),
-    ("precision", "adapters"),
+    ("precision",),
+    ("adapters",),
     ("rollout",),
     ("objectives",),
     ("modules",),
     ("callbacks", "metrics"),
     ("config",),
-    ("train", "generate", "make_shards", "doctor"),
+    ("trained",),
+    ("train", "generate", "export", "make_shards", "doctor"),
     ("cli",),
 )
 """A file may import from its own folder and from the levels before it; neighbours on a level do not know each other."""
@@ -36,10 +38,10 @@ TOP_LEVEL = {
 GENERATED = {"runs", "dist", "build", ".git", ".venv", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
 
 MAX_LINES = 420
-PRINTING = {"cli", "doctor", "generate", "make_shards", "train"}
+PRINTING = {"cli", "doctor", "export", "generate", "make_shards", "train"}
 TELL_THEIR_CHILDREN = {"longlive.parallel.launcher"}
 """Pass a value to processes that they start, by the environment; nobody sets it by hand."""
-KNOW_CONFIGS = {"config", "cli", "doctor", "generate", "make_shards", "train"}
+KNOW_CONFIGS = {"config", "trained", "cli", "doctor", "export", "generate", "make_shards", "train"}
 
 FORBIDDEN_IMPORTS = {
     "data": {"torch.distributed"},

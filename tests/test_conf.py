@@ -32,7 +32,7 @@ CONF = config_directory()
 PRIMARY = {path.stem for path in CONF.glob("*.yaml")}
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment")
-OTHER_COMMAND = {"source": "shards", "prompt_set": "generate", "metric": "generate"}
+OTHER_COMMAND = {"source": "shards", "prompt_set": "generate", "metric": "generate", "format": "export"}
 """Groups of another primary file than `train.yaml`."""
 
 
@@ -91,7 +91,7 @@ def build(part: DictConfig) -> dict[str, Any]:
 
 
 def test_there_is_something_to_test():
-    assert {"train", "generate", "shards"} == PRIMARY
+    assert {"train", "generate", "export", "shards"} == PRIMARY
     assert "toyworld" in EXPERIMENTS
     assert {"model", "data", "callbacks", "trainer"} < {group for group, _ in OPTIONS}
 
@@ -147,7 +147,9 @@ def parts(shards, folders, tmp_path_factory) -> dict[tuple[str, str], DictConfig
         needed = [f"data.train={shards}"] if group not in OTHER_COMMAND else []
         if (group, name) in folders:
             needed.append(folders[group, name])
-        found[group, name] = option(group, name, f"directory={directory}", *needed)
+        if OTHER_COMMAND.get(group) != "export":
+            needed.append(f"directory={directory}")
+        found[group, name] = option(group, name, *needed)
     return found
 
 
@@ -208,20 +210,26 @@ def test_a_setting_that_an_option_does_not_have_is_refused_by_name(group, name, 
         ("generate", "prompt=x", "prompts"),
         ("generate", "rollout.windows=1", "rollout.window"),
         ("shards", "clip_per_shard=1", "clips_per_shard"),
+        ("export", "format.other=fp32", "format.others"),
     ],
 )
 def test_a_misspelt_setting_is_answered_with_the_one_that_exists(command, override, near):
-    source = ["source=toyworld"] if command == "shards" else []
+    source = {"shards": ["source=toyworld"], "export": ["format=nvfp4"]}.get(command, [])
     with pytest.raises(ValueError, match=rf"unknown (top-level )?key .*did you mean .*\b{near}\b"):
         compose(command, [*source, override])
 
 
 @pytest.mark.parametrize(
     ("command", "missing"),
-    [("train", "data.train=..."), ("generate", "checkpoint=..., directory=..."), ("shards", "directory=...")],
+    [
+        ("train", "data.train=..."),
+        ("generate", "checkpoint=..., directory=..."),
+        ("shards", "directory=..."),
+        ("export", "checkpoint=..., output=..."),
+    ],
 )
 def test_what_must_be_given_is_named(command, missing):
-    source = ["source=toyworld"] if command == "shards" else []
+    source = {"shards": ["source=toyworld"], "export": ["format=bf16"]}.get(command, [])
     with pytest.raises(ValueError, match=f"^these settings must be given: {re.escape(missing)}$"):
         check_complete(compose(command, source))
 

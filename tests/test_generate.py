@@ -18,7 +18,8 @@ from longlive.callbacks.ema import averaged_weights
 from longlive.config import compose, instantiate
 from longlive.data.toyworld import random_prompts
 from longlive.data.video import open_video
-from longlive.generate import generate, load_module, read_prompts
+from longlive.generate import generate, read_prompts
+from longlive.trained import load_module
 
 PROMPTS = ("a red circle moves slowly right over a dark ground", "a blue square", "a cyan cross")
 FILES = ["000-a-red-circle-moves-slowly-right-over-a-dark-ground.mp4", "001-a-blue-square.mp4", "002-a-cyan-cross.mp4"]

@@ -18,7 +18,14 @@ from torch import nn
 
 from longlive.data.atomic import write_aside
 from longlive.parallel import checkpoint_directory
-from longlive.parallel.checkpoint_directory import SUFFIX, is_complete, name_of_replaced, read_whole, standing
+from longlive.parallel.checkpoint_directory import (
+    SUFFIX,
+    is_complete,
+    name_of_replaced,
+    read_tree,
+    read_whole,
+    standing,
+)
 from longlive.typing import Tensor
 
 
@@ -61,6 +68,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is no training checkpoint: it holds no state_dict")
     return dict(checkpoint)
+
+
+def load_weights_and_config(path: str | Path) -> dict[str, Any]:
+    """A checkpoint as `load_checkpoint` reads it, without the optimizers' states, which are most of it and are not
+    read; the tensors of a file are mapped into memory.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_checkpoint`.
+    """
+    path = existing(path)
+    skipped = ("optimizer_states",)
+    tree = read_whole(path, skipped) if path.is_dir() else read_tree(path)
+    return {key: value for key, value in tree.items() if key not in skipped}
 
 
 def existing(path: str | Path) -> Path:

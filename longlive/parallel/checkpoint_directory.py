@@ -23,7 +23,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -179,8 +179,11 @@ def read_tree(path: Path) -> dict[str, Any]:
     return dict(tree)
 
 
-def read_whole(path: Path) -> dict[str, Any]:
+def read_whole(path: Path, without: Collection[str] = ()) -> dict[str, Any]:
     """A directory as one tree of whole tensors on the CPU, by this process alone, whatever wrote it.
+
+    Args:
+        without: top-level keys that are left out, and not read.
 
     Raises:
         ValueError: naming the file that is missing or torn.
@@ -193,7 +196,7 @@ def read_whole(path: Path) -> dict[str, Any]:
             return tensor.clone()
         return shards.setdefault(name_of(path), torch.empty_like(tensor, device="cpu"))
 
-    tree = map_tensors(allocate, read_tree(path))
+    tree = map_tensors(allocate, {key: value for key, value in read_tree(path).items() if key not in without})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         reader.read(lambda: dcp.load(shards, storage_reader=reader, no_dist=True))

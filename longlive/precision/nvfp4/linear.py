@@ -27,6 +27,7 @@ MULTIPLE = 32
 """In and out features are multiples of this: FP4 GEMMs address whole groups of 16 bytes."""
 
 RULE_KEY = "nvfp4_rule"
+TILES_KEY = "nvfp4_tiles"
 """In a layer's state-dict metadata."""
 
 
@@ -87,6 +88,9 @@ class NVFP4Linear(nn.Linear):
         self.clock = clock or StepClock()
         self.rule: str | None = None
         """The scale rule of the packed weight; None: there is a master weight."""
+        self.tiles = True
+        """Whether the packed weight's scales are shared by 16 x 16 elements: others, which a file may bring, have no
+        transpose, and so no gradient of the input."""
         self.backend_state: dict[str, Any] = {}
         """What the backend keeps of this layer between calls."""
 
@@ -131,7 +135,7 @@ class NVFP4Linear(nn.Linear):
         """The packed weight, if there is no master weight any more."""
         if self.rule is None:
             return None
-        return QuantisedTensor(self.weight_packed, self.weight_scale, self.weight_amax, self.rule, tiles=True)
+        return QuantisedTensor(self.weight_packed, self.weight_scale, self.weight_amax, self.rule, self.tiles)
 
     def materialize(self) -> None:
         """Replace a frozen master weight by its codes. Called again, it does nothing.
@@ -178,7 +182,7 @@ class NVFP4Linear(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.rule is not None and hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]][RULE_KEY] = self.rule
+            destination._metadata[prefix[:-1]] |= {RULE_KEY: self.rule, TILES_KEY: self.tiles}
 
     def _load_from_state_dict(
         self,
@@ -195,6 +199,7 @@ class NVFP4Linear(nn.Linear):
         if f"{prefix}weight_packed" in state_dict:
             # Without metadata (a plain dict) the recipe is all that says which rule it was.
             rule = local_metadata.get(RULE_KEY, self.rule or self.recipe.weights)
+            self.tiles = local_metadata.get(TILES_KEY, True)
             if rule not in RULES:
                 error_msgs.append(f"{prefix}weight_packed has the scale rule {rule!r}; known are {', '.join(RULES)}")
             elif self.rule is not None:

@@ -1,0 +1,1 @@
+"""Small trained additions to a frozen network, and what is exported of them."""

@@ -1,0 +1,371 @@
+"""LoRA on a causal network, by peft: several adapters over one base that is there once.
+
+    y = W x + b + (alpha / rank) B A x          A starts random, B at zero: an adapter starts as nothing
+
+(Hu et al. 2021.) peft wraps each chosen linear layer, whatever subclass of `nn.Linear` precision has made of it, in a
+layer that holds it as `base_layer` beside `lora_A.<adapter>` and `lora_B.<adapter>`. So `student` and `critic` share
+the base with the `teacher`, which is the network without adapter.
+
+**Which adapter multiplies** is chosen by `use_adapter`, a context. Outside of any, none does: nothing is left switched
+on by accident. Backward under activation checkpointing runs the forward again and must run in the same context; run
+outside, torch finds other tensors than the first time and says so. (peft's own switches also decide who learns: they
+would drop the gradients of an adapter that is switched off between forward and backward. `train_only` decides it here.)
+
+**Names.** Parameters of the base are called `...q.base_layer.weight` once a layer is wrapped, but
+`network.get_parameter("...q.weight")` still finds them: a wrapped layer passes `weight` and `bias` on. What is loaded by
+Wan's names (`materialise`) so finds its places in a network with adapters, and `base_name` translates a state dict.
+
+**Files** are peft's: a folder of `adapter_model.safetensors` and `adapter_config.json`, which `peft.PeftModel` loads
+over the same base.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from longlive import rng
+from longlive.parallel.materialise import local_part
+from longlive.typing import Tensor
+
+PREFIX = "base_model.model."
+"""Before every name in a file of peft's."""
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+MATRICES = ("lora_A", "lora_B")
+BASE = ".base_layer"
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """Size and place of an adapter.
+
+    Attributes:
+        rank: columns of A's output; the adapter has `rank (in + out)` parameters per layer.
+        alpha: the product is scaled by `alpha / rank`.
+        targets: shell patterns of the names of linear layers, compared from their end; by default all of the
+            transformer blocks.
+
+    Raises:
+        ValueError: for a rank or alpha that is not positive, or no pattern.
+    """
+
+    rank: int = 128
+    alpha: int = 128
+    targets: Sequence[str] = ("blocks.*",)
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if isinstance(self.targets, str) or not self.targets:
+            raise ValueError(f"targets={self.targets!r} must be a list of name patterns, as ['blocks.*']")
+
+
+def target_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The names of the linear layers that patterns choose, as they are called without adapters.
+
+    Raises:
+        ValueError: for a pattern that names none.
+    """
+    linears = [
+        name.removesuffix(BASE)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and not any(f".{matrix}." in name for matrix in MATRICES)
+    ]
+    for pattern in targets:
+        if not any(_matches(name, pattern) for name in linears):
+            raise ValueError(f"targets: no linear layer is named {pattern!r}; there are {', '.join(linears[:12])}, ...")
+    return [name for name in linears if any(_matches(name, pattern) for pattern in targets)]
+
+
+def add_adapter(network: nn.Module, name: str, settings: LoRASettings, seed: int = 0) -> None:
+    """Wrap the chosen layers, and start an adapter that does nothing yet. The base is frozen; the adapter learns.
+
+    On a network that is on meta, the adapter is there too: `initialise_adapter` once it has memory. Before sharding.
+
+    Args:
+        network: with or without other adapters.
+        name: of the adapter.
+        settings: its size and place.
+        seed: of the random A.
+
+    Raises:
+        ValueError: for a name that is taken, or a pattern that names no layer.
+    """
+    _inject(network, name, _config(network, settings))
+    initialise_adapter(network, name, seed)
+
+
+def _config(network: nn.Module, settings: LoRASettings) -> LoraConfig:
+    return LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, target_modules=target_layers(network, settings.targets)
+    )
+
+
+def _inject(network: nn.Module, name: str, config: LoraConfig) -> None:
+    taken = adapter_names(network)
+    if name in taken:
+        raise ValueError(f"the network has an adapter {name!r} already; there are {', '.join(taken)}")
+    if not name.isidentifier():
+        raise ValueError(f"adapter name {name!r} must be an identifier, as 'student': it is part of parameters' names")
+    learns = {id(parameter): parameter.requires_grad for parameter in network.parameters()}
+    # On meta first: peft would draw A from torch's global generator.
+    inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
+    # peft's record of its configs, which it warns of at the next adapter; nothing here reads it.
+    del network.peft_config
+    for layer in _layers(network).values():
+        if name in layer.lora_A:
+            for matrix in MATRICES:
+                getattr(layer, matrix)[name].to_empty(device=_device(layer)).to(_dtype(layer))
+    _activate(network, None)
+    for parameter in network.parameters():
+        if taken and id(parameter) in learns:
+            parameter.requires_grad_(learns[id(parameter)])
+
+
+@torch.no_grad()
+def initialise_adapter(network: nn.Module, name: str, seed: int = 0) -> None:
+    """A Kaiming-uniform as peft has it, B zero: the numbers depend on the seed and the layer's name alone, sharded or
+    whole. Nothing happens on meta.
+
+    Raises:
+        ValueError: if there is no such adapter.
+    """
+    for layer_name, layer in _layers_of(network, name).items():
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if down.is_meta:
+            continue
+        bound = 1 / math.sqrt(down.shape[1])
+        drawn = torch.empty(down.shape, device="cpu", dtype=torch.float32)
+        drawn.uniform_(-bound, bound, generator=rng.generator(seed, f"lora/{name}/{layer_name}"))
+        part, where = local_part(down)
+        part.copy_(drawn[where])
+        local_part(up)[0].zero_()
+
+
+def adapter_names(network: nn.Module) -> list[str]:
+    """All adapters of a network, in alphabetical order."""
+    return sorted({name for layer in _layers(network).values() for name in layer.lora_A})
+
+
+@contextmanager
+def use_adapter(network: nn.Module, name: str | None) -> Iterator[None]:
+    """Inside, the network is its base with one adapter, or with none; afterwards what it was before.
+
+    Raises:
+        ValueError: if there is no such adapter.
+    """
+    if name is not None:
+        _layers_of(network, name)
+    before = _activate(network, name)
+    try:
+        yield
+    finally:
+        for layer, active in before:
+            layer._active_adapter = active
+
+
+def _activate(network: nn.Module, name: str | None) -> list[tuple[LoraLayer, list[str]]]:
+    """Returns what was active."""
+    before = []
+    for layer in _layers(network).values():
+        before.append((layer, list(layer.active_adapters)))
+        # Not `set_adapter`, which also decides whose gradients are dropped.
+        layer._active_adapter = [] if name is None else [name]
+    return before
+
+
+def train_only(network: nn.Module, names: Sequence[str]) -> None:
+    """The parameters of these adapters learn; the base and all other adapters are frozen.
+
+    Raises:
+        ValueError: if there is no such adapter.
+    """
+    network.requires_grad_(False)
+    for name in names:
+        for _, parameter in adapter_parameters(network, name):
+            parameter.requires_grad_(True)
+
+
+def adapter_parameters(network: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """An adapter's parameters, under the names that `network.named_parameters` gives them.
+
+    Raises:
+        ValueError: if there is no such adapter.
+    """
+    for layer_name, layer in _layers_of(network, name).items():
+        for matrix in MATRICES:
+            yield f"{layer_name}.{matrix}.{name}.weight", getattr(layer, matrix)[name].weight
+
+
+def adapter_state(network: nn.Module, name: str) -> dict[str, Tensor]:
+    """An adapter's parameters under peft's names, which say nothing of the adapter's own. Of a sharded network, shards.
+
+    Raises:
+        ValueError: if there is no such adapter.
+    """
+    return {
+        PREFIX + parameter_name.replace(f".{name}.weight", ".weight"): parameter.detach()
+        for parameter_name, parameter in adapter_parameters(network, name)
+    }
+
+
+@torch.no_grad()
+def load_adapter_state(network: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
+    """Fill an adapter, sharded or whole, from whole tensors under peft's names.
+
+    Raises:
+        ValueError: if there is no such adapter, or names or shapes are not its own; it is untouched then.
+    """
+    ours = adapter_state(network, name)
+    differing = sorted(ours.keys() ^ state.keys())
+    differing += [key for key in ours if key in state and ours[key].shape != state[key].shape]
+    if differing:
+        raise ValueError(
+            f"the stored adapter does not fit {name!r}: {', '.join(differing[:4])}{', ...' if differing[4:] else ''} "
+            "is missing on one side or has another shape; use the rank and targets that it was made with"
+        )
+    for key, parameter in ours.items():
+        part, where = local_part(parameter)
+        part.copy_(state[key][where])
+
+
+def save_adapter(
+    network: nn.Module,
+    name: str,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a folder that peft loads. It appears complete or not at all.
+
+    Args:
+        network: with the adapter.
+        name: of the adapter.
+        folder: to create; it must not exist.
+        dtype: to store; None: as the adapter is.
+        state: what to store instead of the adapter's parameters, under peft's names: their average, or whole tensors of
+            a sharded network.
+
+    Raises:
+        ValueError: if there is no such adapter, or the folder exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} exists, and adapters never overwrite; choose another folder or remove it")
+    tensors = adapter_state(network, name) if state is None else state
+    layers = _layers_of(network, name)
+    layer = next(iter(layers.values()))
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(
+        {key: tensor.detach().to(device="cpu", dtype=dtype).contiguous() for key, tensor in tensors.items()},
+        partial / WEIGHTS_FILE,
+        metadata={"format": "pt"},
+    )
+    LoraConfig(
+        r=layer.r[name], lora_alpha=layer.lora_alpha[name], target_modules=list(layers), inference_mode=True
+    ).save_pretrained(str(partial))
+    partial.rename(folder)
+
+
+def load_adapter(network: nn.Module, name: str, folder: str | Path) -> None:
+    """Add the adapter of a folder, as `save_adapter` or peft wrote it.
+
+    Raises:
+        ValueError: if the folder holds no plain LoRA, or one of another network.
+    """
+    folder = Path(folder)
+    for file in (WEIGHTS_FILE, CONFIG_FILE):
+        if not (folder / file).exists():
+            raise ValueError(f"{folder} has no {file}; give a folder with {WEIGHTS_FILE} and {CONFIG_FILE}")
+    config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+    state = load_file(folder / WEIGHTS_FILE)
+    _inject(network, name, config)
+    load_adapter_state(network, name, state)
+
+
+def base_name(name: str) -> str | None:
+    """What a parameter is called in the network without adapters; None for an adapter's own."""
+    if any(f".{matrix}." in name for matrix in MATRICES):
+        return None
+    return name.replace(f"{BASE}.", ".")
+
+
+def merged_weights(network: nn.Module, name: str | None) -> Iterator[tuple[str, Tensor]]:
+    """The network's parameters with an adapter in them, one at a time, under Wan's names: `W + alpha / rank B A`,
+    computed in float32 and rounded once to the dtype of W. Of a network that is whole.
+
+    Args:
+        name: None: the base alone.
+
+    Raises:
+        ValueError: if there is no such adapter, or a layer's weight is packed: small deltas are lost in four bits, so
+            merging needs the master.
+    """
+    layers = {} if name is None else _layers_of(network, name)
+    for layer_name, layer in layers.items():
+        if getattr(layer.get_base_layer(), "weight", None) is None:
+            raise ValueError(
+                f"{layer_name} has no master weight: it is packed, and an adapter is merged into masters before they "
+                "are packed; load the base again without packing it"
+            )
+    for parameter_name, parameter in network.named_parameters():
+        original = base_name(parameter_name)
+        if original is None:
+            continue
+        layer = layers.get(original.removesuffix(".weight"))
+        yield original, parameter.detach() if layer is None else _merged(layer, cast(str, name))
+
+
+@torch.no_grad()
+def _merged(layer: LoraLayer, name: str) -> Tensor:
+    weight = layer.get_base_layer().weight
+    delta = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
+    return torch.add(weight.float(), delta, alpha=layer.scaling[name]).to(weight.dtype)
+
+
+def _layers(network: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _layers_of(network: nn.Module, name: str) -> dict[str, LoraLayer]:
+    found = {layer_name: layer for layer_name, layer in _layers(network).items() if name in layer.lora_A}
+    if not found:
+        raise ValueError(
+            f"the network has no adapter {name!r}; there are {', '.join(adapter_names(network)) or 'none'}"
+        )
+    return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(f".{name}", f"*.{pattern}")
+
+
+def _reference(layer: LoraLayer) -> Tensor:
+    """A tensor of the base that is there whatever its precision has made of it."""
+    base = layer.get_base_layer()
+    return next(tensor for tensor in (*base.parameters(), *base.buffers()))
+
+
+def _device(layer: LoraLayer) -> torch.device:
+    return _reference(layer).device
+
+
+def _dtype(layer: LoraLayer) -> torch.dtype:
+    """The base's where it has floating-point weights, else float32."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    return weight.dtype if weight is not None else torch.float32

@@ -1,0 +1,67 @@
+"""`longlive export`: the averaged weights of a run as one safetensors file, in one of the formats of `conf/format/`.
+
+`longlive generate checkpoint=<file>` rolls out from it as from the checkpoint. A new format is a class beside those of
+`adapters/export.py` and a file in `conf/format/`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from longlive.adapters.export import ExportFormat, ExportSummary, check_export, write_export
+from longlive.config import instantiate
+from longlive.trained import load_trained
+
+
+def export(config: DictConfig) -> ExportSummary:
+    """Run `conf/export.yaml` as composed; returns what it also prints.
+
+    Raises:
+        ValueError: if there is no checkpoint, a setting is wrong, the file exists, or the checkpoint does not fit its
+            own config; nothing is written then.
+    """
+    output = Path(config.output)
+    format: ExportFormat = instantiate(config.format)
+    check_export(output, format, config.naming)
+    try:
+        trained = load_trained(config.checkpoint)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+    if trained.packing is not None:
+        raise ValueError(
+            f"checkpoint={trained.path} is in NVFP4, and what was rounded away does not come back; export from the "
+            "run, or from a file in fp32"
+        )
+    network = trained.module.trained_network
+    weights = network.state_dict()
+    with Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("exporting", total=len(weights))
+        summary = write_export(
+            output,
+            network,
+            weights,
+            format,
+            config=trained.config,
+            step=trained.step,
+            naming=config.naming,
+            on_weight=lambda: progress.advance(task),
+        )
+    print_summary(summary, output)
+    return summary
+
+
+def print_summary(summary: ExportSummary, output: Path) -> None:
+    """A row per dtype, and how large the file is."""
+    table = Table("dtype", "tensors", "bytes", box=None, pad_edge=False)
+    for dtype, number in summary.tensors.items():
+        table.add_row(dtype, f"{number:,}", f"{summary.tensor_bytes[dtype]:,}")
+    Console().print(table)
+    print(
+        f"{output}: {summary.num_parameters:,} parameters in {summary.num_bytes:,} bytes; in bfloat16 they would take "
+        f"{summary.ratio:.2f} times that"
+    )

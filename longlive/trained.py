@@ -1,0 +1,86 @@
+"""What a run has made, from wherever it lies: the module of a checkpoint, or of a file that was exported from one.
+
+Both say what they are. The config inside them describes network, codec and text encoder, so nothing here depends on
+today's defaults. The weights are the averaged ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from longlive.adapters import export
+from longlive.adapters.export import Packing
+from longlive.callbacks.ema import averaged_weights
+from longlive.config import instantiate
+from longlive.modules.base import LongLiveModule
+from longlive.parallel.checkpoint import (
+    check_same_shapes,
+    find_checkpoint,
+    load_weights_and_config,
+    with_frozen,
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network and all that goes with it.
+
+    Attributes:
+        path: of the checkpoint, or of the exported file.
+        module: with its averaged weights, in eval mode, on the CPU.
+        config: of the run, resolved; plain containers.
+        step: optimizer steps.
+        packing: of the layers that are in NVFP4 already; None: there is none.
+    """
+
+    path: Path
+    module: LongLiveModule
+    config: dict[str, Any]
+    step: int
+    packing: Packing | None = None
+
+
+def load_trained(location: str | Path) -> Trained:
+    """Read a checkpoint, the newest one of a run's directory, or a file that `longlive export` wrote.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it holds no config, or weights of another network than its config describes.
+    """
+    path = find_checkpoint(location)
+    if path.suffix != export.SUFFIX:
+        checkpoint = load_weights_and_config(path)
+        return Trained(path, load_module(checkpoint, path), checkpoint["config"], checkpoint["global_step"])
+    exported = export.read_description(path)
+    config = OmegaConf.create(exported.config)
+    config.module.weights = None
+    module: LongLiveModule = instantiate(config.module)
+    module.network = export.load_network(exported, module.model_config)
+    return Trained(path, module.eval(), exported.config, exported.step, exported.packing)
+
+
+def load_module(checkpoint: Mapping[str, Any], path: Path) -> LongLiveModule:
+    """The module of a checkpoint, with its averaged weights, in eval mode, on the CPU.
+
+    Raises:
+        ValueError: if the checkpoint holds no config, or weights of another network than its config describes.
+    """
+    if not checkpoint.get("config"):
+        raise ValueError(
+            f"{path} holds no config, so it does not say what network it is; it was not written by `longlive train`"
+        )
+    config = OmegaConf.create(checkpoint["config"])
+    weights = averaged_weights(checkpoint)
+    if not checkpoint.get("trainable_only"):
+        config.module.weights = None
+    module: LongLiveModule = instantiate(config.module)
+    module.configure_model()
+    weights = with_frozen(module, weights)
+    check_same_shapes(module.state_dict(), weights)
+    module.load_state_dict(weights)
+    return module.eval()
