@@ -21,10 +21,11 @@ import torch
 
 from longlive import rng
 from longlive.data.batch import VideoBatch
-from longlive.data.shards import video_suffix
+from longlive.data.joined import JoinedVideo
+from longlive.data.shards import video_members
 from longlive.data.shots import ChunkSizes, Shot, ShotRules, plan_clip, runs_of_shots
 from longlive.data.sources import shots_from_caption
-from longlive.data.video import UnreadableVideoError, check_decoder, open_video
+from longlive.data.video import UnreadableVideoError, check_decoder
 from longlive.typing import Tensor, UInt8
 
 
@@ -145,7 +146,7 @@ def resample(timestamps: np.ndarray, source_fps: float | int, fps: float | int) 
 
     Args:
         timestamps: seconds after the first frame, ascending, `[source frames]`; they need not be evenly spaced.
-        source_fps: average rate; the last frame is shown for `1 / source_fps` seconds.
+        source_fps: average rate at the end; the last frame is shown for `1 / source_fps` seconds.
         fps: wanted rate.
 
     Returns:
@@ -158,34 +159,13 @@ def resample(timestamps: np.ndarray, source_fps: float | int, fps: float | int) 
     return np.searchsorted(midpoints + tolerance, times, side="left")
 
 
-def centre_crop_and_resize(
-    frames: UInt8[Tensor, "t 3 H W"], height: int, width: int, pixel_aspect: float = 1.0
-) -> UInt8[Tensor, "t 3 h w"]:
-    """Cut the largest centred window of the wanted aspect ratio, then scale it (antialiased bilinear).
-
-    Args:
-        frames: stored pixels.
-        height, width: wanted size, of square pixels.
-        pixel_aspect: width of a stored pixel over its height.
-    """
-    source_height, source_width = frames.shape[-2:]
-    aspect = width / height / pixel_aspect
-    crop_height = max(1, min(source_height, round(source_width / aspect)))
-    crop_width = max(1, min(source_width, round(source_height * aspect)))
-    top, left = (source_height - crop_height) // 2, (source_width - crop_width) // 2
-    frames = frames[..., top : top + crop_height, left : left + crop_width]
-    if (crop_height, crop_width) == (height, width):
-        return frames.contiguous()
-    return torch.nn.functional.interpolate(frames, size=(height, width), mode="bilinear", antialias=True)
-
-
 def decode_sample(
     members: Mapping[str, bytes], spec: ClipSpec, *, seed: int, epoch: int, sample_id: int
 ) -> VideoSample:
     """Decode one sample, or the window of it that `spec` wants.
 
     Args:
-        members: content by suffix: a video and `"json"`.
+        members: content by suffix: a video, or several that are read as one, and `"json"`.
         spec: the clip that is wanted.
         seed, epoch, sample_id: name the choice of the clip in a longer video.
 
@@ -193,19 +173,19 @@ def decode_sample(
         UnreadableSampleError: if a member is missing or broken, the video does not decode, or the json describes
             another video.
     """
-    suffix = video_suffix(members)
-    if suffix is None or "json" not in members:
+    videos = video_members(members)
+    if not videos or "json" not in members:
         raise UnreadableSampleError(f"it needs a video and a json; it has {sorted(members)}")
     try:
         fields = json.loads(members["json"])
         num_raw_frames = int(fields["num_raw_frames"])
         shots: tuple[Shot, ...] = shots_from_caption({"shots": fields["shots"]}, num_raw_frames)
-        with open_video(members[suffix], spec.decoder) as video:
+        with JoinedVideo([members[suffix] for suffix in videos], spec.decoder) as video:
             if video.num_raw_frames != num_raw_frames:
                 raise UnreadableSampleError(
                     f"the video has {video.num_raw_frames} raw frames, its json says {num_raw_frames}"
                 )
-            at_rate = resample(video.index.timestamps, video.fps, spec.fps)
+            at_rate = resample(video.timestamps, video.last_fps, spec.fps)
             plan = plan_clip(
                 runs_of_shots(shots, at_rate.tolist()),
                 spec.num_frames // spec.chunk_frames,
@@ -216,7 +196,7 @@ def decode_sample(
             )
             window = spec.window or ClipWindow(0, spec.num_raw_frames, frame_offset=0)
             wanted = [int(at_rate[position]) for position in plan.positions[window.start : window.stop]]
-            frames = centre_crop_and_resize(video.read(wanted), spec.height, spec.width, video.index.pixel_aspect)
+            frames = video.read(wanted, spec.height, spec.width)
     except (ValueError, KeyError, TypeError, UnreadableVideoError) as error:
         raise UnreadableSampleError(f"{type(error).__name__}: {error}") from error
     return VideoSample(

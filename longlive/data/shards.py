@@ -1,4 +1,5 @@
-"""WebDataset shards: `shard-000000.tar`, ... of `<key>.mp4` + `<key>.json`, and one index, `shards.json`.
+"""WebDataset shards: `shard-000000.tar`, ... of `<key>.mp4` + `<key>.json`, and one index, `shards.json`. A sample of
+several files that are read as one (a story) holds `<key>.0.mp4`, `<key>.1.mp4`, ...
 
 The index says for every sample where its members lie in which shard, so a local reader needs no tar parser and a
 remote one knows every shard's length without opening it. It also keeps their checksums. Damage then makes a sample
@@ -29,9 +30,10 @@ import webdataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from longlive.data.atomic import write_aside
+from longlive.data.joined import JoinedVideo
 from longlive.data.shots import Shot, check_shots
 from longlive.data.sources import ClipSource, SourceClip, UnreadableClipError
-from longlive.data.video import VIDEO_SUFFIXES, UnreadableVideoError, open_video
+from longlive.data.video import VIDEO_SUFFIXES, UnreadableVideoError
 from longlive.data.video_writer import write_mp4
 
 logger = logging.getLogger(__name__)
@@ -210,7 +212,7 @@ def _write_shard(
             for clip_index in clips:
                 try:
                     clip = source[clip_index]
-                    video, fields = _encode_clip(clip, quality)
+                    videos, fields = _encode_clip(clip, quality)
                 except UnreadableClipError as error:
                     if strict:
                         raise
@@ -220,7 +222,7 @@ def _write_shard(
                     if clip.key in metadata:
                         raise ValueError(f"two clips of the source share the key {clip.key!r}; keys must be unique")
                     metadata[clip.key] = fields
-                    writer.write({"__key__": clip.key, clip.suffix: video, "json": json.dumps(fields).encode()})
+                    writer.write({"__key__": clip.key, **videos, "json": json.dumps(fields).encode()})
                 advance()
         places = scan_tar(temporary)
     samples = tuple(
@@ -237,22 +239,22 @@ def _write_shard(
     return ShardIndex(samples, tuple(skipped))
 
 
-def _encode_clip(clip: SourceClip, quality: int) -> tuple[bytes, dict[str, Any]]:
-    """The video file of a clip and the fields of its json."""
+def _encode_clip(clip: SourceClip, quality: int) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The video files of a clip by suffix, and the fields of its json."""
     try:
         if clip.frames is not None:
             file = io.BytesIO()
             write_mp4(file, clip.frames, clip.fps, quality=quality)
-            video, num_raw_frames = file.getvalue(), len(clip.frames)
+            videos, num_raw_frames = {clip.suffix: file.getvalue()}, len(clip.frames)
         else:
-            assert clip.video_bytes is not None
-            video = clip.video_bytes
-            with open_video(video) as reader:
-                num_raw_frames = reader.num_raw_frames
+            names = [clip.suffix] if len(clip.files) == 1 else [f"{n}.{clip.suffix}" for n in range(len(clip.files))]
+            videos = dict(zip(names, clip.files, strict=True))
+            with JoinedVideo(clip.files) as video:
+                num_raw_frames = video.num_raw_frames
         check_shots(clip.shots, num_raw_frames)
     except (UnreadableVideoError, ValueError) as error:
         raise UnreadableClipError(clip.key, str(error)) from error
-    return video, {
+    return videos, {
         "fps": float(clip.fps),
         "num_raw_frames": num_raw_frames,
         "shots": [asdict(shot) for shot in clip.shots],
@@ -316,9 +318,11 @@ def locate(location: str | Path, name: str) -> str:
     return text.replace("{}", name) if "{}" in text else f"{text.rstrip('/')}/{name}"
 
 
-def video_suffix(members: Sequence[str] | Mapping[str, Any]) -> str | None:
-    """Which member of a sample is the video."""
-    return next((suffix for suffix in VIDEO_SUFFIXES if suffix in members), None)
+def video_members(members: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Which members of a sample are its video: `["mp4"]`, or `["0.mp4", "1.mp4", ...]` of several that are one."""
+    videos = [suffix.split(".") for suffix in members]
+    videos = [parts for parts in videos if parts[-1] in VIDEO_SUFFIXES and (len(parts) == 1 or parts[0].isdecimal())]
+    return [".".join(parts) for parts in sorted(videos, key=lambda parts: len(parts) > 1 and int(parts[0]))]
 
 
 def _fingerprint(source: ClipSource, index: int) -> str:
@@ -328,8 +332,8 @@ def _fingerprint(source: ClipSource, index: int) -> str:
     except UnreadableClipError as error:
         return f"unreadable {error.key}"
     digest = hashlib.blake2b(repr((clip.key, clip.fps, clip.shots, clip.suffix)).encode(), digest_size=16)
-    for content in (clip.video_bytes, clip.frames.numpy().tobytes() if clip.frames is not None else None):
-        digest.update(content or b"")
+    for content in (*clip.files, clip.frames.numpy().tobytes() if clip.frames is not None else b""):
+        digest.update(content)
     return digest.hexdigest()
 
 

@@ -15,7 +15,6 @@ from longlive.data.sample import (
     ClipSpec,
     ClipWindow,
     UnreadableSampleError,
-    centre_crop_and_resize,
     collate,
     decode_sample,
     resample,
@@ -118,34 +117,6 @@ def test_a_variable_frame_rate_is_read_by_time() -> None:
     sample = decode_sample(content, SPEC, seed=0, epoch=0, sample_id=0)
     # 16 frames in 21 / 24 s; mkv does not store how long the last one lasts: the average is assumed
     assert numbers(sample.raw_frames)[:20] == [*range(10), 10, 10, 11, 11, 12, 12, 13, 13, 14, 14]
-
-
-def test_space_is_cropped_in_the_centre_and_never_squeezed() -> None:
-    """Resizing without a crop distorts: a centred square must stay a square."""
-    frames = torch.zeros(1, 3, 60, 100, dtype=torch.uint8)
-    frames[..., 20:40, 40:60] = 255
-    resized = centre_crop_and_resize(frames, 30, 30)
-    bright = resized[0, 0] > 127
-    assert resized.shape == (1, 3, 30, 30)
-    assert (bright.any(1).sum(), bright.any(0).sum()) == (10, 10)
-    assert bright[10:20, 10:20].all()
-    tall = torch.zeros(1, 3, 100, 60, dtype=torch.uint8)
-    tall[..., 41:61, 20:40] = 255
-    bright = centre_crop_and_resize(tall, 15, 30)[0, 0] > 127
-    assert (bright.any(1).sum(), bright.any(0).sum()) == (10, 10)
-    assert bright[3:13, 10:20].all()
-
-
-def test_anamorphic_pixels_become_square() -> None:
-    frames = torch.zeros(1, 3, 60, 50, dtype=torch.uint8)
-    frames[..., 20:40, 20:30] = 255  # a square on a screen whose pixels are twice as wide as high
-    bright = centre_crop_and_resize(frames, 30, 30, pixel_aspect=2.0)[0, 0] > 127
-    assert (bright.any(1).sum(), bright.any(0).sum()) == (10, 10)
-
-
-def test_pixels_of_the_wanted_size_pass_unchanged() -> None:
-    frames = numbered_frames(3)
-    torch.testing.assert_close(centre_crop_and_resize(frames, 48, 80), frames, rtol=0, atol=0)
 
 
 CLOSED_GROUPS = {"options": {"x264-params": "keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"}}

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import webdataset
 
 from helpers.clips import NumberedSource
 from helpers.videos import encode, numbered_frames, numbers
 from longlive.data import atomic
-from longlive.data.shards import load_index, write_shards
+from longlive.data.indexed import IndexedShards
+from longlive.data.sample import ClipSpec, UnreadableSampleError, decode_sample
+from longlive.data.shards import load_index, video_members, write_shards
 from longlive.data.shots import Shot
 from longlive.data.sources import SourceClip, UnreadableClipError
 from longlive.data.video import open_video
@@ -229,3 +232,41 @@ def test_a_missing_or_broken_index_says_what_to_do(tmp_path: Path) -> None:
         (tmp_path / "shards.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_index(tmp_path)
+
+
+class Stories:
+    """One story of three files, frames 0-4, 10-15 and 20-24."""
+
+    frames = numbered_frames(32, 16, 32)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> SourceClip:
+        files = tuple(encode(self.frames[start : start + 5 + start % 4 // 2]) for start in (0, 10, 20))
+        shots = (Shot(0, 5, "a"), Shot(5, 11, "b"), Shot(11, 16, "c"))
+        return SourceClip("story", 24, shots, video_bytes=files)
+
+
+def test_a_story_of_several_files_is_one_sample(tmp_path: Path) -> None:
+    """As other readers of WebDataset see it, and as ours decodes it."""
+    index = write_shards(Stories(), tmp_path, progress=False)
+    (sample,) = index.samples
+    assert set(sample.members) == {"0.mp4", "1.mp4", "2.mp4", "json"}
+    assert sample.num_raw_frames == 16
+    (plain,) = webdataset.WebDataset([str(tmp_path / "shard-000000.tar")], shardshuffle=False)
+    spec = ClipSpec(num_frames=4, chunk_frames=1, height=16, width=32, fps=24)
+    reader = IndexedShards([tmp_path], spec, seed=0, shuffle=False)
+    assert numbers(reader[0].raw_frames) == [*range(5), *range(10, 14), *range(20, 24)]
+    assert reader[0].prompts == ("a", "a", "The scene transitions. b", "The scene transitions. c")
+    members = {name: plain[name] for name in sample.members}
+    again = decode_sample(members, spec, seed=0, epoch=0, sample_id=0)
+    assert torch.equal(again.raw_frames, reader[0].raw_frames)
+    with pytest.raises(UnreadableSampleError, match="the video has 15 raw frames, its json says 16"):
+        decode_sample(members | {"1.mp4": members["0.mp4"]}, spec, seed=0, epoch=0, sample_id=0)
+
+
+def test_files_of_a_story_come_in_the_order_of_their_numbers() -> None:
+    assert video_members(["10.mp4", "json", "2.mp4", "txt"]) == ["2.mp4", "10.mp4"]
+    assert video_members(["json", "webm"]) == ["webm"]
+    assert video_members({"json": b"", "caption.mp4": b""}) == []
