@@ -13,8 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from longlive.adapters import export
-from longlive.adapters.export import Packing
+from longlive.adapters.exported import SUFFIX, Packing, load_network, read_description
 from longlive.callbacks.ema import averaged_weights
 from longlive.config import instantiate
 from longlive.modules.base import LongLiveModule
@@ -53,14 +52,14 @@ def load_trained(location: str | Path) -> Trained:
         ValueError: if it holds no config, or weights of another network than its config describes.
     """
     path = find_checkpoint(location)
-    if path.suffix != export.SUFFIX:
+    if path.suffix != SUFFIX:
         checkpoint = load_weights_and_config(path)
         return Trained(path, load_module(checkpoint, path), checkpoint["config"], checkpoint["global_step"])
-    exported = export.read_description(path)
+    exported = read_description(path)
     config = OmegaConf.create(exported.config)
     config.module.weights = None
     module: LongLiveModule = instantiate(config.module)
-    module.network = export.load_network(exported, module.model_config)
+    module.network = load_network(exported, module.model_config)
     return Trained(path, module.eval(), exported.config, exported.step, exported.packing)
 
 
