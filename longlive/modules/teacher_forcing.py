@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from longlive import rng
 from longlive.data.batch import VideoBatch
 from longlive.models.attention import ChunkedAttention, SelfAttention
 from longlive.models.visibility import Role, VisibilityRule
 from longlive.modules.base import LongLiveModule
+from longlive.objectives.error_recycling import ErrorRecycling, Step
 from longlive.objectives.teacher_forcing import (
     TeacherForcingInputs,
     draw,
@@ -46,6 +48,7 @@ class TeacherForcingModule(LongLiveModule):
         shot_rope_offset: frames by which a scene cut moves the RoPE position.
         given_frames: first frames of a clip that rollout is given: they stay clean among the targets and carry no
             loss. 1: image to video.
+        error_recycling: adds errors of earlier predictions to what the network sees in training; None: does not.
         **base: see `LongLiveModule`.
     """
 
@@ -59,6 +62,7 @@ class TeacherForcingModule(LongLiveModule):
         shot_sink: bool = False,
         shot_rope_offset: float = 0.0,
         given_frames: int = 0,
+        error_recycling: ErrorRecycling | None = None,
         **base: Any,
     ) -> None:
         super().__init__(**base)
@@ -71,6 +75,7 @@ class TeacherForcingModule(LongLiveModule):
         self.noise_augmentation = noise_augmentation
         self.shot_rope_offset = shot_rope_offset
         self.given_frames = given_frames
+        self.error_recycling = error_recycling
         self.rule = VisibilityRule.from_frames(window, sink_frames, shot_sink, self.chunk_frames)
 
     def training_step(self, batch: VideoBatch, batch_index: int) -> dict[str, Tensor]:
@@ -89,11 +94,18 @@ class TeacherForcingModule(LongLiveModule):
         latents = self.encode(batch)
         prompt_embeds, prompt_index = self.embed(self._drop_prompts(batch, step, prompt_dropout))
         inputs = self.make_inputs(latents, batch, step)
-        frame_index = frames_of_chunks(self.chunks(batch, Role.NOISY), self.chunk_frames)
-        scored = self.scored_frames(batch, frame_index).to(latents.device)
+        targets = self.chunks(batch, Role.NOISY)
+        frame_index = frames_of_chunks(targets, self.chunk_frames)
+        scored_here = self.scored_frames(batch, frame_index)
+        scored = scored_here.to(latents.device)
+        recycling = self.error_recycling if step != VALIDATION_STEP else None
+        if recycling is not None:
+            recycling.announce(self.recycled_step(batch, step), targets, inputs, scored_here)
 
         self.on_phase("forward")
         prediction = self.predict(inputs, batch, prompt_embeds, prompt_index)
+        if recycling is not None:
+            recycling.record(self.recycled_step(batch, step), targets, inputs, prediction)
         losses = self.frame_losses(prediction, inputs)
         num_scored = self.sum_over_ranks(scored.sum().float())
         world_size = self.trainer.world_size if self._trainer is not None else 1
@@ -133,7 +145,7 @@ class TeacherForcingModule(LongLiveModule):
         return scored & self.agreed(batch)[:, None]
 
     def make_inputs(self, latents: Latents, batch: VideoBatch, step: int) -> TeacherForcingInputs:
-        """Draw timesteps and noise, and make both copies.
+        """Draw timesteps, noise and errors of earlier predictions, and make both copies.
 
         Args:
             latents: of this process's frames.
@@ -152,6 +164,10 @@ class TeacherForcingModule(LongLiveModule):
             targets=targets,
             noise_augmentation=self.noise_augmentation,
         )
+        errors = None
+        if self.error_recycling is not None and step != VALIDATION_STEP:
+            names = self.recycled_step(batch, step)
+            errors = self.error_recycling.inject(names, latents, history, targets, draws.grid_index)
         first = self.frames(batch.shot_index.shape[1]).start
         history_frames, target_frames = (frames_of_chunks(chunks, self.chunk_frames) for chunks in (history, targets))
         return make_inputs(
@@ -161,7 +177,35 @@ class TeacherForcingModule(LongLiveModule):
             self.schedule,
             self.chunk_frames,
             is_given=target_frames < self.given_frames if self.given_frames else None,
+            errors=errors,
         )
+
+    def recycled_step(self, batch: VideoBatch, step: int) -> Step:
+        """What names the draws of error recycling."""
+        return Step(
+            seed=self.seed,
+            step=step,
+            sample_ids=tuple(batch.sample_ids.tolist()),
+            num_chunks=batch.shot_index.shape[1],
+            chunk_frames=self.chunk_frames,
+            grid_size=self.schedule.num_steps,
+            given_frames=self.given_frames,
+        )
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.error_recycling is not None:
+            self.error_recycling.commit()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.error_recycling is not None:
+            checkpoint["error_recycling"] = self.error_recycling.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Errors come with a checkpoint of a run that recycled them; other runs' begin without."""
+        super().on_load_checkpoint(checkpoint)
+        if self.error_recycling is not None and "error_recycling" in checkpoint:
+            self.error_recycling.load_state_dict(checkpoint["error_recycling"])
 
     def predict(
         self,

@@ -91,6 +91,21 @@ def draw(
 
 
 @dataclass(frozen=True)
+class InjectedErrors:
+    """Errors of earlier predictions that a step adds to what the network sees (`error_recycling.py`); None: none.
+
+    Attributes:
+        history: added to the clean history.
+        latents: added to the targets before they are noised. The velocity still points at the true latents.
+        noise: added to the noise of the targets. The velocity points away from the sum.
+    """
+
+    history: HistoryLatents | None = None
+    latents: Latents | None = None
+    noise: Latents | None = None
+
+
+@dataclass(frozen=True)
 class TeacherForcingInputs:
     """What the network gets and what it is scored against: h history frames, then f target frames.
 
@@ -99,12 +114,16 @@ class TeacherForcingInputs:
         timesteps: 0 for the history, 0 to 1000 for the targets `[b h+f]`.
         target: the velocity of the noisy targets `[b f c h w]`.
         loss_weights: w(t) of every target frame `[b f]`.
+        clean: the true latents of the targets `[b f c h w]`.
+        grid_index: where on the schedule's grid every target chunk is `[b targets]`, on the CPU.
     """
 
     latents: Float[Tensor, "b both c h w"]
     timesteps: Float[Tensor, "b both"]
     target: Latents
     loss_weights: PerFrame
+    clean: Latents
+    grid_index: Int[Tensor, "b targets"]
 
     @property
     def num_history_frames(self) -> int:
@@ -123,6 +142,7 @@ def make_inputs(
     schedule: FlowSchedule,
     chunk_frames: int,
     is_given: Bool[Tensor, " f"] | None = None,
+    errors: InjectedErrors | None = None,
 ) -> TeacherForcingInputs:
     """History and noisy targets in one sequence, on the device of the latents.
 
@@ -132,6 +152,7 @@ def make_inputs(
         schedule: noise levels.
         chunk_frames: frames per chunk.
         is_given: target frames that stay clean, at timestep 0, because a rollout is given them too.
+        errors: of earlier predictions, to be added; None: nothing is.
 
     Raises:
         ValueError: if the frames are no multiple of `chunk_frames`.
@@ -151,14 +172,20 @@ def make_inputs(
     if is_given is not None:
         is_noisy = ~is_given.to(targets.device)
         sigma, timesteps = sigma * is_noisy, timesteps * is_noisy
-    noise = draws.noise.to(targets)
+    noise, start = draws.noise.to(targets), targets
+    if errors is not None:
+        history = history if errors.history is None else history + errors.history
+        start = start if errors.latents is None else start + errors.latents
+        noise = noise if errors.noise is None else noise + errors.noise
     if draws.history_noise is not None and draws.history_sigma is not None:
         history = add_noise(history, draws.history_noise.to(history), per_frame(draws.history_sigma))
     return TeacherForcingInputs(
-        latents=torch.cat([history, add_noise(targets, noise, sigma)], dim=1),
+        latents=torch.cat([history, add_noise(start, noise, sigma)], dim=1),
         timesteps=torch.cat([timesteps.new_zeros(history.shape[:2]), timesteps], dim=1),
         target=velocity_target(targets, noise),
         loss_weights=schedule.loss_weight(grid_index),
+        clean=targets,
+        grid_index=draws.grid_index,
     )
 
 
