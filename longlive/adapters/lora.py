@@ -12,8 +12,8 @@ outside, torch finds other tensors than the first time and says so. (peft's own 
 would drop the gradients of an adapter that is switched off between forward and backward. `train_only` decides it here.)
 
 **Names.** Parameters of the base are called `...q.base_layer.weight` once a layer is wrapped, but
-`network.get_parameter("...q.weight")` still finds them: a wrapped layer passes `weight` and `bias` on. What is loaded by
-Wan's names (`materialise`) so finds its places in a network with adapters, and `base_name` translates a state dict.
+`network.get_parameter("...q.weight")` still finds them: a wrapped layer passes `weight` and `bias` on. So what is
+loaded by Wan's names (`materialise`) finds its place in a network with adapters; `base_name` translates a state dict.
 
 **Files** are peft's: a folder of `adapter_model.safetensors` and `adapter_config.json`, which `peft.PeftModel` loads
 over the same base.
@@ -38,6 +38,7 @@ from torch import nn
 
 from longlive import rng
 from longlive.parallel.materialise import local_part
+from longlive.precision.selection import BLOCK_LINEARS
 from longlive.typing import Tensor
 
 PREFIX = "base_model.model."
@@ -45,6 +46,8 @@ PREFIX = "base_model.model."
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 MATRICES = ("lora_A", "lora_B")
 BASE = ".base_layer"
+VARIANTS = ("use_dora", "use_rslora", "lora_bias", "bias", "rank_pattern", "alpha_pattern", "modules_to_save")
+"""Settings of peft's that make something else than the formula above, or ranks that differ."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,14 @@ class LoRASettings:
 
     rank: int = 128
     alpha: int = 128
-    targets: Sequence[str] = ("blocks.*",)
+    targets: Sequence[str] = BLOCK_LINEARS
 
     def __post_init__(self) -> None:
         for name in ("rank", "alpha"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if isinstance(self.targets, str) or not self.targets:
-            raise ValueError(f"targets={self.targets!r} must be a list of name patterns, as ['blocks.*']")
+            raise ValueError(f"targets={self.targets!r} must be a list of name patterns, as {list(BLOCK_LINEARS)}")
 
 
 def target_layers(network: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -144,7 +147,7 @@ def initialise_adapter(network: nn.Module, name: str, seed: int = 0) -> None:
         ValueError: if there is no such adapter.
     """
     for layer_name, layer in _layers_of(network, name).items():
-        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        down, up = _matrices(layer, name)
         if down.is_meta:
             continue
         bound = 1 / math.sqrt(down.shape[1])
@@ -206,8 +209,8 @@ def adapter_parameters(network: nn.Module, name: str) -> Iterator[tuple[str, nn.
         ValueError: if there is no such adapter.
     """
     for layer_name, layer in _layers_of(network, name).items():
-        for matrix in MATRICES:
-            yield f"{layer_name}.{matrix}.{name}.weight", getattr(layer, matrix)[name].weight
+        for matrix, parameter in zip(MATRICES, _matrices(layer, name), strict=True):
+            yield f"{layer_name}.{matrix}.{name}.weight", parameter
 
 
 def adapter_state(network: nn.Module, name: str) -> dict[str, Tensor]:
@@ -230,13 +233,7 @@ def load_adapter_state(network: nn.Module, name: str, state: Mapping[str, Tensor
         ValueError: if there is no such adapter, or names or shapes are not its own; it is untouched then.
     """
     ours = adapter_state(network, name)
-    differing = sorted(ours.keys() ^ state.keys())
-    differing += [key for key in ours if key in state and ours[key].shape != state[key].shape]
-    if differing:
-        raise ValueError(
-            f"the stored adapter does not fit {name!r}: {', '.join(differing[:4])}{', ...' if differing[4:] else ''} "
-            "is missing on one side or has another shape; use the rank and targets that it was made with"
-        )
+    _check_fit({key: parameter.shape for key, parameter in ours.items()}, state, repr(name))
     for key, parameter in ours.items():
         part, where = local_part(parameter)
         part.copy_(state[key][where])
@@ -286,16 +283,39 @@ def load_adapter(network: nn.Module, name: str, folder: str | Path) -> None:
     """Add the adapter of a folder, as `save_adapter` or peft wrote it.
 
     Raises:
-        ValueError: if the folder holds no plain LoRA, or one of another network.
+        ValueError: if the folder holds no plain LoRA, or one of another network; the network is untouched then.
     """
     folder = Path(folder)
     for file in (WEIGHTS_FILE, CONFIG_FILE):
         if not (folder / file).exists():
             raise ValueError(f"{folder} has no {file}; give a folder with {WEIGHTS_FILE} and {CONFIG_FILE}")
     config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+    stored = config.to_dict()
+    unknown = [setting for setting in VARIANTS if stored.get(setting) not in (None, False, {}, "none")]
+    if unknown:
+        raise ValueError(f"{folder / CONFIG_FILE} sets {', '.join(unknown)}; only plain LoRA of one rank is supported")
     state = load_file(folder / WEIGHTS_FILE)
-    _inject(network, name, config)
+    layers = sorted({key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in state})
+    settings = LoRASettings(config.r, config.lora_alpha, target_layers(network, layers))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer_name in settings.targets:
+        layer = cast(nn.Linear, network.get_submodule(layer_name))
+        shapes[f"{PREFIX}{layer_name}.lora_A.weight"] = (settings.rank, layer.in_features)
+        shapes[f"{PREFIX}{layer_name}.lora_B.weight"] = (layer.out_features, settings.rank)
+    _check_fit(shapes, state, str(folder))
+    _inject(network, name, _config(network, settings))
     load_adapter_state(network, name, state)
+
+
+def _check_fit(shapes: Mapping[str, Sequence[int]], state: Mapping[str, Tensor], what: str) -> None:
+    """Raise the `ValueError` for tensors that are not an adapter's."""
+    differing = sorted(shapes.keys() ^ state.keys())
+    differing += [key for key, shape in shapes.items() if key in state and tuple(state[key].shape) != tuple(shape)]
+    if differing:
+        raise ValueError(
+            f"the stored adapter does not fit {what}: {', '.join(differing[:4])}{', ...' if differing[4:] else ''} "
+            "is missing on one side or has another shape; use the rank and targets that it was made with"
+        )
 
 
 def base_name(name: str) -> str | None:
@@ -327,15 +347,24 @@ def merged_weights(network: nn.Module, name: str | None) -> Iterator[tuple[str, 
         original = base_name(parameter_name)
         if original is None:
             continue
-        layer = layers.get(original.removesuffix(".weight"))
-        yield original, parameter.detach() if layer is None else _merged(layer, cast(str, name))
+        merged = original.removesuffix(".weight")
+        if name is not None and merged in layers:
+            down, up = _matrices(layers[merged], name)
+            yield original, merge(parameter, down, up, layers[merged].scaling[name])
+        else:
+            yield original, parameter.detach()
 
 
 @torch.no_grad()
-def _merged(layer: LoraLayer, name: str) -> Tensor:
-    weight = layer.get_base_layer().weight
-    delta = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
-    return torch.add(weight.float(), delta, alpha=layer.scaling[name]).to(weight.dtype)
+def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """`W + scale B A` in float32, rounded once to the dtype of W."""
+    return torch.add(weight.float(), up.float() @ down.float(), alpha=scale).to(weight.dtype)
+
+
+def _matrices(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B."""
+    down, up = (getattr(layer, matrix)[name].weight for matrix in MATRICES)
+    return down, up
 
 
 def _layers(network: nn.Module) -> dict[str, LoraLayer]:

@@ -25,7 +25,7 @@ def materialise(
     """Give a network that was built on meta its memory and its weights, sharded or whole.
 
     Args:
-        network: on meta, or its weights are lost; parameters keep their dtypes.
+        network: on meta, or its weights are lost; parameters keep their dtypes. Adapters get memory alone.
         device: where to.
         weights: safetensors as `load_weights` takes them. None: `initial_weights(seed)`.
         seed: of the initial weights.
@@ -33,8 +33,11 @@ def materialise(
     Raises:
         ValueError: on every rank, if the weights are none of this network's; see `load_weights`.
     """
+    with torch.device("meta"):
+        # What adapters have wrapped goes by other names, but is found under the network's own.
+        plain = CausalWan(network.config)
     tensors: Iterable[tuple[str, Tensor | StoredTensor]]
-    tensors = network.initial_weights(seed) if weights is None else stored_weights(network, weights)
+    tensors = plain.initial_weights(seed) if weights is None else stored_weights(plain, weights)
     network.to_empty(device=torch.device(device))
     for name, tensor in tensors:
         part, where = local_part(network.get_parameter(name))

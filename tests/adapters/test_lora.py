@@ -1,0 +1,346 @@
+"""Adapters over one base: what they compute, who learns, what is stored, and that peft reads it."""
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+from longlive.adapters.lora import (
+    LoRASettings,
+    adapter_names,
+    adapter_parameters,
+    adapter_state,
+    add_adapter,
+    base_name,
+    initialise_adapter,
+    load_adapter,
+    load_adapter_state,
+    merged_weights,
+    save_adapter,
+    target_layers,
+    train_only,
+    use_adapter,
+)
+from longlive.models.attention import dense_attention
+from longlive.models.wan.config import WanConfig
+from longlive.models.wan.model import CausalWan
+from longlive.models.wan.rope import Rotation
+from longlive.models.wan.weights import save_weights
+from longlive.parallel.materialise import materialise
+from longlive.precision.nvfp4.linear import NVFP4Linear
+from longlive.precision.nvfp4.plugin import NVFP4Precision
+from longlive.typing import Tensor
+
+CONFIG = WanConfig.tiny(num_layers=2, dim=32, ffn_dim=64, num_heads=2, in_channels=4, out_channels=4, text_dim=8)
+SETTINGS = LoRASettings(rank=4, alpha=8)
+LINEARS = [f"{attention}.{which}" for attention in ("self_attn", "cross_attn") for which in "qkvo"] + ["ffn.0", "ffn.2"]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, rotation: Rotation, layer: int) -> Tensor:
+    return dense_attention(rotation.rotate(query), rotation.rotate(key), value)
+
+
+def velocity(network: CausalWan) -> Tensor:
+    """At one fixed point."""
+    numbers = torch.Generator().manual_seed(1)
+    latents, prompts = torch.randn(1, 2, 4, 4, 4, generator=numbers), torch.randn(1, 3, 8, generator=numbers)
+    timesteps = torch.full((1, 2), 500.0)
+    return network(latents, timesteps, prompts, torch.zeros(1, 1, dtype=torch.int64), torch.arange(2)[None], attend)
+
+
+def base(seed: int = 0) -> CausalWan:
+    network = CausalWan(CONFIG)
+    network.init_weights(seed)
+    with torch.no_grad():
+        network.head.head.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(2))
+    return network
+
+
+def trained(network: CausalWan, name: str, seed: int) -> None:
+    """An adapter with a B that does something."""
+    numbers = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in adapter_parameters(network, name):
+            if "lora_B" in parameter_name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=numbers))
+
+
+@pytest.fixture
+def network() -> CausalWan:
+    made = base()
+    for seed, name in enumerate(("student", "critic"), start=1):
+        add_adapter(made, name, SETTINGS, seed)
+        trained(made, name, seed)
+    return made
+
+
+def adapted(name: str | None, network: CausalWan) -> Tensor:
+    with use_adapter(network, name), torch.no_grad():
+        return velocity(network)
+
+
+def test_an_adapter_adds_its_product_to_every_linear_layer_of_the_blocks(network: CausalWan) -> None:
+    """Against plain networks whose weights have the product in them."""
+    with torch.no_grad():
+        plain = velocity(base())
+    assert torch.equal(adapted(None, network), plain)
+    seen = [plain]
+    for name in ("student", "critic"):
+        expected = base()
+        with torch.no_grad():
+            for block, layers in enumerate(expected.blocks):
+                for layer in LINEARS:
+                    key = f"base_model.model.blocks.{block}.{layer}"
+                    state = adapter_state(network, name)
+                    delta = state[f"{key}.lora_B.weight"] @ state[f"{key}.lora_A.weight"]
+                    layers.get_submodule(layer).weight += 8 / 4 * delta
+            torch.testing.assert_close(adapted(name, network), velocity(expected), atol=2e-5, rtol=1e-5)
+        seen.append(velocity(expected).detach())
+    assert min((seen[i] - seen[j]).abs().max() for i in range(3) for j in range(i)) > 1e-2
+
+
+def test_an_adapter_starts_as_nothing_and_its_numbers_follow_from_seed_and_name() -> None:
+    """Catches peft's own draw, which reads torch's global generator."""
+    states = []
+    for global_seed in (0, 1):
+        torch.manual_seed(global_seed)
+        made = base()
+        before = torch.get_rng_state()
+        add_adapter(made, "student", SETTINGS, seed=3)
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(adapter_state(made, "student"))
+        with torch.no_grad():
+            assert torch.equal(adapted("student", made), velocity(base()))
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    down = {key: value for key, value in states[0].items() if "lora_A" in key}
+    assert len({float(value[0, 0]) for value in down.values()}) == len(down) == 20
+    widest = states[0]["base_model.model.blocks.0.ffn.2.lora_A.weight"]
+    assert widest.abs().max() < 1 / 8
+    assert widest.std() == pytest.approx(1 / 8 / 3**0.5, rel=0.1)
+
+
+def test_outside_of_use_adapter_none_multiplies_and_contexts_nest(network: CausalWan) -> None:
+    by_name = {name: adapted(name, network) for name in (None, "student", "critic")}
+    with torch.no_grad(), use_adapter(network, "student"):
+        with use_adapter(network, None):
+            assert torch.equal(velocity(network), by_name[None])
+        with pytest.raises(KeyError), use_adapter(network, "critic"):
+            raise KeyError
+        assert torch.equal(velocity(network), by_name["student"])
+    with torch.no_grad():
+        assert torch.equal(velocity(network), by_name[None])
+    with (
+        pytest.raises(ValueError, match="no adapter 'teacher'; there are critic, student"),
+        use_adapter(network, "teacher"),
+    ):
+        pass
+
+
+def test_gradient_reaches_the_chosen_adapter_alone_and_survives_a_switch(network: CausalWan) -> None:
+    """Switched by peft's own `set_adapter` between forward and backward, the gradients would be dropped silently."""
+    train_only(network, ["student", "critic"])
+    with use_adapter(network, "student"):
+        out = velocity(network)
+    adapted("critic", network)
+    adapted(None, network)
+    out.square().sum().backward()
+    reached = {name for name, p in network.named_parameters() if p.grad is not None}
+    assert reached == {name for name, _ in adapter_parameters(network, "student")}
+    learning = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert learning == reached | {name for name, _ in adapter_parameters(network, "critic")}
+    train_only(network, ["critic"])
+    assert {n for n, p in network.named_parameters() if p.requires_grad} == learning - reached
+
+
+def test_who_learns_does_not_change_when_an_adapter_is_added() -> None:
+    made = base()
+    add_adapter(made, "student", SETTINGS)
+    train_only(made, [])
+    add_adapter(made, "critic", SETTINGS)
+    assert {n for n, p in made.named_parameters() if p.requires_grad} == {
+        n for n, _ in adapter_parameters(made, "critic")
+    }
+
+
+def test_recomputing_with_another_adapter_is_noticed(network: CausalWan) -> None:
+    """Activation checkpointing runs the blocks again in backward: outside of the context that would be other blocks."""
+    train_only(network, ["student"])
+    with use_adapter(network, "student"):
+        velocity(network).square().sum().backward()
+    expected = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    for block in network.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    with use_adapter(network, "student"):
+        out = velocity(network)
+        out.square().sum().backward()
+    for name, parameter in network.named_parameters():
+        if name in expected:
+            assert torch.equal(parameter.grad, expected[name])
+    with use_adapter(network, "student"):
+        out = velocity(network)
+    with pytest.raises(CheckpointError):
+        out.square().sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_adapter_goes_to_a_file_and_comes_back(
+    network: CausalWan, tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    save_adapter(network, "critic", tmp_path / "critic", dtype)
+    other = base()
+    load_adapter(other, "fake", tmp_path / "critic")
+    ours, theirs = adapter_state(network, "critic"), adapter_state(other, "fake")
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert torch.equal(theirs[key], value.to(dtype or value.dtype).float())
+    if dtype is None:
+        assert torch.equal(adapted("fake", other), adapted("critic", network))
+    stored = load_file(tmp_path / "critic" / "adapter_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {dtype or torch.float32}
+    assert sum(value.numel() for value in stored.values()) == 2 * 4 * (8 * (32 + 32) + 2 * (32 + 64))
+    with pytest.raises(ValueError, match="never overwrite"):
+        save_adapter(network, "student", tmp_path / "critic")
+    assert [path.name for path in tmp_path.iterdir()] == ["critic"]
+
+
+def test_peft_loads_the_file(network: CausalWan, tmp_path: Path) -> None:
+    """Over the plain network, with nothing of ours: the very numbers."""
+    save_adapter(network, "student", tmp_path / "student")
+    loaded = peft.PeftModel.from_pretrained(base(), str(tmp_path / "student"))
+    with torch.no_grad():
+        assert torch.equal(velocity(loaded.base_model.model), adapted("student", network))
+    named = peft.get_peft_model_state_dict(loaded)
+    stored = load_file(tmp_path / "student" / "adapter_model.safetensors")
+    assert {key: value.shape for key, value in named.items()} == {key: value.shape for key, value in stored.items()}
+
+
+def test_a_file_of_pefts_loads_here(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(
+        base(), peft.LoraConfig(r=2, lora_alpha=6, target_modules=["self_attn.q", "ffn.0"], init_lora_weights=False)
+    )
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours = base()
+    load_adapter(ours, "style", tmp_path / "theirs")
+    with torch.no_grad():
+        assert torch.equal(adapted("style", ours), velocity(theirs.base_model.model))
+        assert not torch.equal(adapted(None, ours), velocity(theirs.base_model.model))
+
+
+def test_merged_weights_are_base_and_adapter_to_the_rounding_of_bfloat16() -> None:
+    low = base().bfloat16()
+    add_adapter(low, "student", SETTINGS)
+    trained(low, "student", 5)
+    state = adapter_state(low, "student")
+    merged = dict(merged_weights(low, "student"))
+    plain = dict(base().bfloat16().named_parameters())
+    assert merged.keys() == plain.keys()
+    changed = 0
+    for name, weight in plain.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        assert merged[name].dtype == torch.bfloat16
+        if f"{key}.lora_A.weight" not in state or name.endswith("bias"):
+            assert torch.equal(merged[name], weight)
+            continue
+        product = state[f"{key}.lora_B.weight"].double() @ state[f"{key}.lora_A.weight"].double()
+        exact = weight.double() + 2 * product
+        # Half a unit in the last place of 8 bits, and float32's own rounding.
+        assert ((merged[name].double() - exact).abs() <= exact.abs() * 2**-8 * 1.0001).all()
+        changed += 1
+    assert changed == 20
+    assert all(torch.equal(value, plain[name]) for name, value in merged_weights(low, None))
+
+
+def test_weights_load_by_their_own_names_with_adapters_in_place(network: CausalWan, tmp_path: Path) -> None:
+    """From a file and from a seed, on meta, as training builds networks. Other names would draw other weights."""
+    plain = base(seed=7)
+    save_weights(plain.state_dict(), CONFIG, tmp_path / "wan", naming="diffusers")
+    for weights, seed, expected in ((tmp_path / "wan", 0, plain), (None, 4, None)):
+        with torch.device("meta"):
+            made = CausalWan(CONFIG)
+            add_adapter(made, "student", SETTINGS)
+        assert all(parameter.is_meta for parameter in made.parameters())
+        materialise(made, "cpu", weights, seed)
+        initialise_adapter(made, "student", seed=1)
+        if expected is None:
+            expected = CausalWan(CONFIG)
+            expected.init_weights(4)
+        with torch.no_grad():
+            assert torch.equal(adapted("student", made), velocity(expected))
+        names = {base_name(name): value for name, value in made.state_dict().items()}
+        names.pop(None)
+        assert names.keys() == expected.state_dict().keys()
+        assert all(torch.equal(value, names[name]) for name, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("order", ["adapter first", "precision first"])
+def test_adapters_stay_in_high_precision_beside_a_packed_base(order: str, tmp_path: Path) -> None:
+    """A frozen base in NVFP4 keeps no master weight; the adapter is what it was, learns, and is stored."""
+    made, plugin = base(), NVFP4Precision(backend="emulated")
+    if order == "precision first":
+        plugin.convert_module(made)
+    add_adapter(made, "student", SETTINGS)
+    trained(made, "student", 5)
+    plugin.convert_module(made)
+    train_only(made, ["student"])
+    with plugin.forward_context():
+        before = adapted("student", made)
+        plugin.freeze(made)
+        torch.testing.assert_close(adapted("student", made), before, atol=0, rtol=0)
+        with use_adapter(made, "student"):
+            velocity(made).float().square().sum().backward()
+    packed = [layer for layer in made.modules() if isinstance(layer, NVFP4Linear)]
+    assert len(packed) == 20
+    assert all(layer.weight is None for layer in packed)
+    state = adapter_state(made, "student")
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert all(parameter.grad.norm() > 0 for _, parameter in adapter_parameters(made, "student"))
+    save_adapter(made, "student", tmp_path / "student")
+    load_adapter(made, "again", tmp_path / "student")
+    with plugin.forward_context():
+        assert torch.equal(adapted("again", made), before)
+    with pytest.raises(ValueError, match=r"blocks\.0\.self_attn\.q has no master weight"):
+        dict(merged_weights(made, "student"))
+
+
+def test_what_does_not_fit_is_refused_and_named(network: CausalWan, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rank=0"):
+        LoRASettings(rank=0)
+    with pytest.raises(ValueError, match="list of name patterns"):
+        LoRASettings(targets="blocks.*")
+    with pytest.raises(ValueError, match="'student' already; there are critic, student"):
+        add_adapter(network, "student", SETTINGS)
+    with pytest.raises(ValueError, match="must be an identifier"):
+        add_adapter(network, "my.adapter", SETTINGS)
+    with pytest.raises(ValueError, match=r"no linear layer is named 'blocks\.\*\.mlp'"):
+        add_adapter(base(), "student", LoRASettings(targets=["ffn.0", "blocks.*.mlp"]))
+    assert target_layers(base(), ["blocks.1.ffn.0", "cross_attn.q"]) == [
+        "blocks.0.cross_attn.q", "blocks.1.cross_attn.q", "blocks.1.ffn.0",
+    ]  # fmt: skip
+    assert target_layers(network, LoRASettings().targets) == target_layers(base(), LoRASettings().targets)
+
+    state = adapter_state(network, "student")
+    before = copy.deepcopy(state)
+    key = next(iter(state))
+    for wrong in ({**state, key: state[key][:2]}, {k: v for k, v in state.items() if k != key}):
+        with pytest.raises(ValueError, match="does not fit 'student'"):
+            load_adapter_state(network, "student", wrong)
+    assert all(torch.equal(value, before[name]) for name, value in adapter_state(network, "student").items())
+
+    save_adapter(network, "student", tmp_path / "student")
+    config = json.loads((tmp_path / "student" / "adapter_config.json").read_text())
+    target = base()
+    for changes, match in (({"use_dora": True}, "use_dora"), ({"r": 8}, "does not fit"), (None, "adapter_config")):
+        (tmp_path / "student" / "adapter_config.json").unlink()
+        if changes is not None:
+            (tmp_path / "student" / "adapter_config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ValueError, match=match):
+            load_adapter(target, "student", tmp_path / "student")
+    assert adapter_names(target) == []
+    assert target.state_dict().keys() == base().state_dict().keys()
