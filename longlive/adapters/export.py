@@ -152,7 +152,9 @@ class NVFP4Format(ExportFormat):
             yield {f"{name}_{part}": tensor for part, tensor in zip(PACKED_DTYPES, parts, strict=True)}
 
     def description(self) -> dict[str, Any]:
-        packing = Packing(self.rule, self.tiles, self.selection.layers, self.selection.keep_last_blocks_bf16)
+        packing = Packing(
+            self.rule, self.tiles, list(self.selection.layers), float(self.selection.keep_last_blocks_bf16)
+        )
         return {"nvfp4": asdict(packing)}
 
 
