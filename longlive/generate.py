@@ -213,7 +213,7 @@ def precision_of(trained: Trained, config: DictConfig) -> tuple[Precision | str,
     chosen = {layer.name for layer in precision.selection.of(network, NVFP4Linear) if layer.reason is None}
     if precision.recipe.weights != packing.rule or chosen != packed:
         raise ValueError(
-            f"{trained.path} is packed with rule={packing.rule}, layers=[{','.join(packing.layers)}], "
+            f"{trained.path} is packed with rule={packing.rule}, layers={list(packing.layers)}, "
             f"keep_last_blocks_bf16={packing.keep_last_blocks_bf16}; precision.recipe.weights, precision.layers and "
             "precision.keep_last_blocks_bf16 must say the same, as they do with precision=auto"
         )
