@@ -1,5 +1,6 @@
 """Shapes in signatures are checked while the tests run; the import hook must come before longlive is imported."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -7,3 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from jaxtyping import install_import_hook
 
 install_import_hook("longlive", "beartype.beartype")
+
+
+def pytest_collection_finish() -> None:
+    """All is imported: nothing of it is garbage, and every fit would look through it."""
+    gc.freeze()

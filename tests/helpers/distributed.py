@@ -146,6 +146,8 @@ def _run_rank(
     init_process_group: bool,
     sender: Connection,
 ) -> None:
+    # What a fork inherits is no garbage of its own, and to look through it would cost more than most tests.
+    gc.freeze()
     with open(Path(directory, f"stack_{rank}"), "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=False)
         os.environ.update(
