@@ -11,7 +11,8 @@ Two modes:
 
 Under autograd the slice is copied before the own keys enter it, so a graph holds what its pass has read, whatever is
 written to the ring later. Activation checkpointing reads again in backward: that is refused once another chunk was
-opened, for by then the ring may hold something else.
+opened, for by then the ring may hold something else. With `retain`, slots are kept for views that may yet read them
+(`retained.py`).
 
 **RoPE.** Absolute: keys are cached after rotation, at the chunk's frame plus its shot's offset. Relative: keys are
 cached unrotated, and the view rotates them once, at positions counted inside the visible list
@@ -24,12 +25,14 @@ at hand: whatever a view kept would be the uncompressed cache.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from longlive.models.attention import dense_attention
 from longlive.models.visibility import VisibilityRule, visible_history
 from longlive.models.wan.rope import Rotation, rotation
+from longlive.rollout.retained import RetainedStorage
 from longlive.rollout.sinks import SlotTable, absolute_position, free_slot, num_slots, place, relative_positions
 from longlive.rollout.slots import CacheDtype, SlotIndex, Slots, SlotStorage, make_storage, put
 from longlive.typing import Heads, PerFrame
@@ -59,6 +62,7 @@ class KeyValueCache:
         shot_rope_offset: float = 0.0,
         dtype: CacheDtype = torch.float32,
         device: torch.device | str = "cpu",
+        retain: bool = False,
     ) -> None:
         """
         Args:
@@ -71,6 +75,7 @@ class KeyValueCache:
             relative_rope: count positions inside the visible list instead of the video.
             shot_rope_offset: positions that a scene cut adds.
             dtype: of the stored numbers; "nvfp4" for compressed slots.
+            retain: whether a view can be read after later chunks were opened, as backward needs it.
 
         Raises:
             ValueError: if there is no chunk, or `dtype` cannot store heads of this size.
@@ -85,9 +90,15 @@ class KeyValueCache:
         self.relative_rope = relative_rope
         self.shot_rope_offset = shot_rope_offset
         self.device = torch.device(device)
+
+        def storage(slots: int) -> SlotStorage:
+            return make_storage(batch_size, slots, tokens, num_heads, head_dim, dtype, device)
+
         self.layers: list[SlotStorage] = [
-            make_storage(batch_size, slots, tokens, num_heads, head_dim, dtype, device) for _ in range(num_layers)
+            RetainedStorage(batch_size, slots, partial(storage, 1)) if retain else storage(slots)
+            for _ in range(num_layers)
         ]
+        self.retain = retain
         self.num_opened = 0
 
     @property
@@ -161,7 +172,8 @@ class KeyValueCache:
 
 
 class ChunkView:
-    """What the passes over one chunk read, and where they write. Valid until another chunk is opened.
+    """What the passes over one chunk read, and where they write. Valid until another chunk is opened; of a cache that
+    retains, readable as long as it lives.
 
     Attributes:
         chunk: index in the video.
@@ -182,6 +194,7 @@ class ChunkView:
         self.frame_positions = frame_positions
         self.index = index
         self._cache = cache
+        self._layers = [layer.snapshot() for layer in cache.layers]
         self._number = cache.num_opened
         self._own_slots = own_slots
         self._visible_slots = visible_slots
@@ -191,25 +204,24 @@ class ChunkView:
     def read(self, layer: int, dtype: torch.dtype) -> tuple[Slots, Slots]:
         """Keys, rotated, and values of everything visible; the own slot is for the caller to fill.
 
-        Of dense slots made once per view: the steps of a chunk change nothing but its own slot. Of compressed ones made
-        by every call, and the caller's own.
+        Of dense slots made once per view: the steps of a chunk change nothing but its own slot. Of compressed and
+        retained ones made by every call, and the caller's own.
 
         Raises:
-            RuntimeError: if another chunk was opened since.
+            RuntimeError: if another chunk was opened since, and the cache does not retain.
         """
-        if self._cache.num_opened != self._number:
+        if self._cache.num_opened != self._number and not self._cache.retain:
             raise RuntimeError(
                 f"chunk={self.chunk} reads the cache after another chunk was opened, when its slots may hold something "
-                "else; if this is backward under activation checkpointing, run it before the next chunk is opened, or "
-                "roll out without checkpointing"
+                "else; if this is backward under activation checkpointing, start the rollout with retain=True"
             )
         if (layer, dtype) in self._read:
             return self._read[layer, dtype]
-        storage = self._cache.layers[layer]
+        storage = self._layers[layer]
         keys, values = storage.read(self._visible_slots, dtype)
         if self._key_rotation is not None:
             keys = self._key_rotation.rotate(keys.flatten(1, 2)).view_as(keys)
-        if not storage.compressed:
+        if not storage.copies:
             self._read[layer, dtype] = keys, values
         return keys, values
 
@@ -220,7 +232,7 @@ class ChunkView:
     @property
     def shares_reads(self) -> bool:
         """Whether `read` gives the same numbers to every pass, or the ring itself."""
-        return not self._cache.layers[0].compressed
+        return not self._layers[0].copies
 
     @property
     def stores_unrotated(self) -> bool:

@@ -15,8 +15,8 @@ come while they run.
 the rows: on small models the call count is what costs. The unconditional branch sees its own history, cached under the
 negative prompt.
 
-**Noise** is a function of (seed, sample id, chunk): a sample's video depends neither on the batch it is generated in,
-nor on how long the rollout goes on.
+**Noise** is a function of (seed, sample id, chunk), in training also of the optimizer step and of what the rollout is
+for: a sample's video depends neither on the batch it is generated in, nor on how long the rollout goes on.
 """
 
 import time
@@ -44,7 +44,7 @@ class RolloutState:
 
     Attributes:
         cache: keys and values of earlier chunks.
-        sample_ids: global ids that name the noise.
+        seed, sample_ids, step, purpose: name the noise.
         latent_shape: (channels, height, width).
         shot_index: per sample the shots so far.
         next_chunk: index of the chunk to come.
@@ -56,6 +56,8 @@ class RolloutState:
     latent_shape: tuple[int, int, int]
     shot_index: list[list[int]] = field(default_factory=list)
     next_chunk: int = 0
+    step: int = 0
+    purpose: str = "rollout"
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,23 @@ class RolloutEngine:
         return chunks()
 
     def start(
-        self, latent_shape: tuple[int, int, int], seed: int, sample_ids: Sequence[int], max_chunks: int
+        self,
+        latent_shape: tuple[int, int, int],
+        seed: int,
+        sample_ids: Sequence[int],
+        max_chunks: int,
+        *,
+        step: int = 0,
+        purpose: str = "rollout",
+        retain: bool = False,
     ) -> RolloutState:
         """An empty cache. With a window it does for a video of any length, else for `max_chunks`.
+
+        Args:
+            latent_shape: (channels, height, width) of a frame.
+            seed, sample_ids, step, purpose: name the noise.
+            max_chunks: of the longest video.
+            retain: whether backward may run earlier chunks again (`cache.py`).
 
         Raises:
             ValueError: if the latents do not fit the network.
@@ -196,8 +212,9 @@ class RolloutEngine:
         channels, height, width = latent_shape
         if channels != self.model.config.in_channels:
             raise ValueError(f"latents of {channels} channels: the network takes {self.model.config.in_channels}")
-        cache = self._make_cache((height, width), len(sample_ids), max_chunks, self.device)
-        return RolloutState(cache, seed, tuple(sample_ids), latent_shape, [[] for _ in sample_ids])
+        cache = self._make_cache((height, width), len(sample_ids), max_chunks, self.device, retain)
+        shots: list[list[int]] = [[] for _ in sample_ids]
+        return RolloutState(cache, seed, tuple(sample_ids), latent_shape, shots, step=step, purpose=purpose)
 
     def cache_bytes(self, latent_size: tuple[int, int], num_samples: int, max_chunks: int) -> int:
         """Bytes of the KV cache of a rollout of so many samples; nothing is allocated.
@@ -208,7 +225,12 @@ class RolloutEngine:
         return self._make_cache(latent_size, num_samples, max_chunks, torch.device("meta")).num_bytes
 
     def _make_cache(
-        self, latent_size: tuple[int, int], num_samples: int, max_chunks: int, device: torch.device
+        self,
+        latent_size: tuple[int, int],
+        num_samples: int,
+        max_chunks: int,
+        device: torch.device,
+        retain: bool = False,
     ) -> KeyValueCache:
         config, settings = self.model.config, self.settings
         dtype = (
@@ -227,13 +249,14 @@ class RolloutEngine:
             shot_rope_offset=settings.shot_rope_offset,
             dtype=dtype,
             device=device,
+            retain=retain,
         )
 
     def noise(self, state: RolloutState) -> Latents:
         """The noise that the next chunk starts from, float32 `[b chunk_frames c h w]`."""
         shape = (self.settings.chunk_frames, *state.latent_shape)
         samples = [
-            rng.normal(shape, state.seed, "rollout", sample=sample, chunk=state.next_chunk)
+            rng.normal(shape, state.seed, state.purpose, step=state.step, sample=sample, chunk=state.next_chunk)
             for sample in state.sample_ids
         ]
         return torch.stack(samples).to(self.device)

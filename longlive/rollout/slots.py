@@ -57,11 +57,11 @@ class SlotStorage(ABC):
     """The slots of one layer, in some format. Space is allocated at construction and never grows.
 
     Attributes:
-        compressed: whether reading makes new, larger numbers. They are the caller's own, and too many to be kept for
-            all layers at once.
+        copies: whether reading makes new numbers. They are the caller's own, and too many to be kept for all layers at
+            once.
     """
 
-    compressed: ClassVar[bool]
+    copies: ClassVar[bool]
 
     @abstractmethod
     def write(self, index: SlotIndex, keys: Heads, values: Heads) -> None:
@@ -74,6 +74,10 @@ class SlotStorage(ABC):
         May be views of the storage. The caller may overwrite slots that no table lists, and nothing else.
         """
 
+    def snapshot(self) -> "SlotStorage":
+        """What a view reads as long as it lives. Usually the storage itself, which goes on."""
+        return self
+
     @property
     @abstractmethod
     def num_bytes(self) -> int:
@@ -83,7 +87,7 @@ class SlotStorage(ABC):
 class DenseStorage(SlotStorage):
     """Slots as plain numbers. Reading in the stored dtype is a view, in another one a converted copy."""
 
-    compressed = False
+    copies = False
 
     def __init__(
         self,
@@ -127,7 +131,7 @@ class NVFP4Storage(SlotStorage):
         ValueError: if `head_dim` is no multiple of 16.
     """
 
-    compressed = True
+    copies = True
 
     def __init__(
         self,

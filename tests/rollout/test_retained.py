@@ -1,0 +1,58 @@
+"""Slots that outlive their eviction hold what the ring would hold, and what it held."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from longlive.rollout.retained import RetainedStorage
+from longlive.rollout.slots import CacheDtype, SlotIndex, make_storage
+from longlive.typing import Tensor
+
+SIZES = (2, 16)
+"""Heads and features."""
+INDICES: tuple[SlotIndex, ...] = (0, 1, torch.tensor([2, 1]), torch.tensor([0, 2]), 1)
+
+
+def chunk(number: int) -> Tensor:
+    return torch.randn(2, 4, *SIZES, generator=torch.Generator().manual_seed(number))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "nvfp4"], ids=str)
+def test_it_reads_as_the_ring_does_and_a_snapshot_as_it_did(dtype: CacheDtype) -> None:
+    """Also where samples put one chunk into different slots."""
+    ring = make_storage(2, 3, 4, *SIZES, dtype, "cpu")
+    retained = RetainedStorage(2, 3, partial(make_storage, 2, 1, 4, *SIZES, dtype, "cpu"))
+    snapshots, expected = [], []
+    for number, index in enumerate(INDICES):
+        for storage in (ring, retained):
+            storage.write(index, chunk(number), chunk(10 + number))
+        for num_slots in (1, 3):
+            for ours, theirs in zip(
+                retained.read(num_slots, torch.float32), ring.read(num_slots, torch.float32), strict=True
+            ):
+                assert torch.equal(ours, theirs)
+        snapshots.append(retained.snapshot())
+        expected.append([x.clone() for x in ring.read(3, torch.float32)])
+    for snapshot, (keys, values) in zip(snapshots, expected, strict=True):
+        read_keys, read_values = snapshot.read(3, torch.float32)
+        assert torch.equal(read_keys, keys)
+        assert torch.equal(read_values, values)
+        read_keys.zero_()
+        assert torch.equal(snapshot.read(3, torch.float32)[0], keys)
+
+
+def test_a_chunk_is_held_once_whatever_holds_it() -> None:
+    made = []
+
+    def make() -> object:
+        made.append(make_storage(2, 1, 4, *SIZES, torch.float32, "cpu"))
+        return made[-1]
+
+    retained = RetainedStorage(2, 3, make)
+    for number, index in enumerate(INDICES):
+        retained.write(index, chunk(number), chunk(number))
+    assert len(made) == 1 + len(INDICES)
+    chunks = {held for row in retained.snapshot()._chunks for held in row}
+    assert len(chunks) == 4  # of sample 0: 3, 4, 2; of sample 1: 0, 4, 3
+    assert retained.num_bytes == 4 * made[0].num_bytes
