@@ -203,7 +203,7 @@ class ErrorRecycling:
         self._settle()
         buckets = [[self.bucket(index, step.grid_size) for index in row] for row in grid_index.tolist()]
 
-        def errors(name: str, kind: int, chunks: Sequence[int], buckets: list[list[int]] | None) -> Latents | None:
+        def errors(name: str, kind: int, chunks: Sequence[int], buckets: list[list[int]] | None) -> Tensor | None:
             choices = self.choose(step, name, chunks, buckets)
             return self._place(step, choices, kind, chunks, latents) if choices else None
 
@@ -241,7 +241,7 @@ class ErrorRecycling:
 
     def _place(
         self, step: Step, choices: Sequence[Choice], kind: int, chunks: Sequence[int], latents: Latents
-    ) -> Latents:
+    ) -> Float[Tensor, "b placed c h w"]:
         """The chosen errors where they belong among the frames of `chunks`, and zeros elsewhere."""
         device = latents.device
         entries = self.buffer.take(kind, [(c.bucket, c.age_rank) for c in choices], pin=latents.is_cuda)
