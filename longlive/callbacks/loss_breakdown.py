@@ -1,8 +1,8 @@
-"""What the loss is made of: the mean over ranks and micro-batches, and its parts by timestep and by position in the
-clip.
+"""What the loss is made of: the mean over ranks and micro-batches, and its parts by timestep, by position in the clip
+and, of modules that tell, by shot.
 
-A single number hides two things that go wrong in autoregressive training: a network that is good at high noise only,
-and one that is good only where there is little history. All parts travel in one tensor and one reduction per log
+A single number hides what goes wrong in autoregressive training: a network that is good at high noise only, or only
+where there is little history, or until the first scene cut. All parts travel in one tensor and one reduction per log
 interval.
 """
 
@@ -18,16 +18,19 @@ from torch.optim import Optimizer
 
 from longlive.diffusion.schedule import TIMESTEP_SCALE
 from longlive.modules.base import LongLiveModule
-from longlive.typing import Tensor
+from longlive.typing import Bool, Float, Int, PerFrame, Tensor
 
 QUARTERS = 4
+PLACES = 8
+"""Shots, and chunks of a shot, with a part of their own; the last one also has those after it."""
 
 
 class LossBreakdown(Callback):
     """Logs `train/loss`, `train/loss_timestep_quarter_{1..4}`, `train/loss_clip_quarter_{1..4}`, `train/gradient_norm`
-    (before clipping) and `train/learning_rate`.
+    (before clipping) and `train/learning_rate`; of a module whose steps return shots, `train/loss_shot_{1..8}` and
+    `train/loss_chunk_of_shot_{1..8}`, too.
 
-    The quarters hold unweighted errors of scored frames. `train/loss` is the mean of the interval's steps.
+    The parts hold unweighted errors of scored frames. `train/loss` is the mean of the interval's steps.
 
     Args:
         every_n_steps: optimizer steps per log interval.
@@ -54,9 +57,13 @@ class LossBreakdown(Callback):
         assert isinstance(pl_module, LongLiveModule)
         # Lightning hands over the loss divided by the number of accumulated batches.
         loss = outputs["loss"].detach().float() * trainer.accumulate_grad_batches
-        parts = breakdown(
-            loss, outputs["frame_errors"], outputs["timesteps"], outputs["scored"], outputs["clip_position"]
-        )
+        errors, scored = outputs["frame_errors"], outputs["scored"]
+        parts = breakdown(loss, errors, outputs["timesteps"], scored, outputs["clip_position"])
+        names = [f"{name}_quarter_{quarter + 1}" for name in ("timestep", "clip") for quarter in range(QUARTERS)]
+        for name in ("shot", "chunk_of_shot"):
+            if name in outputs:
+                parts = torch.cat([parts, sums_by(outputs[name].clamp(max=PLACES - 1), PLACES, errors, scored)], dim=1)
+                names += [f"{name}_{place + 1}" for place in range(PLACES)]
         self._sums = parts if self._sums is None else self._sums.to(parts) + parts
         if trainer.global_step % self.every_n_steps or trainer.fit_loop._should_accumulate():
             return
@@ -64,10 +71,9 @@ class LossBreakdown(Callback):
         self._sums = None
         self.last_loss = float(sums[0, 0] / sums[1, 0])
         values = {"train/loss": self.last_loss}
-        for quarter in range(QUARTERS):
-            for name, column in (("timestep", 1 + quarter), ("clip", 1 + QUARTERS + quarter)):
-                if sums[1, column] > 0:
-                    values[f"train/loss_{name}_quarter_{quarter + 1}"] = float(sums[0, column] / sums[1, column])
+        for column, name in enumerate(names, start=1):
+            if sums[1, column] > 0:
+                values[f"train/loss_{name}"] = float(sums[0, column] / sums[1, column])
         if self._gradient_norm is not None:
             values["train/gradient_norm"] = float(self._gradient_norm)
         values["train/learning_rate"] = self._learning_rate
@@ -102,10 +108,18 @@ def breakdown(loss: Tensor, errors: Tensor, timesteps: Tensor, scored: Tensor, c
     """
     timestep_quarter = (timesteps * QUARTERS / TIMESTEP_SCALE).long().clamp(0, QUARTERS - 1)
     clip_quarter = (clip_position * QUARTERS).long().expand_as(errors)
+    columns = [torch.stack([loss, torch.ones_like(loss)])[:, None]]
+    columns += [sums_by(group, QUARTERS, errors, scored) for group in (timestep_quarter, clip_quarter)]
+    return torch.cat(columns, dim=1)
+
+
+def sums_by(
+    group: Int[Tensor, "b f"], num_groups: int, errors: PerFrame, scored: Bool[Tensor, "b f"]
+) -> Float[Tensor, "2 groups"]:
+    """Sums (row 0) and counts (row 1) of the scored errors of each group of frames."""
     weights = scored.to(errors)
-    columns = [torch.stack([loss, torch.ones_like(loss)])]
-    for quarter_of_frame in (timestep_quarter, clip_quarter):
-        for quarter in range(QUARTERS):
-            inside = weights * (quarter_of_frame == quarter)
-            columns.append(torch.stack([(errors * inside).sum(), inside.sum()]))
+    columns = []
+    for number in range(num_groups):
+        inside = weights * (group == number)
+        columns.append(torch.stack([(errors * inside).sum(), inside.sum()]))
     return torch.stack(columns, dim=1)

@@ -79,6 +79,38 @@ def test_the_borders_of_the_quarters_are_where_they_are_said_to_be():
     assert found[1].tolist() == [1, 2, 1, 2, 3, 2, 2, 2, 2]
 
 
+class ByShot(Callback):
+    """Returns with every step what a module of multi-shot clips returns: shots 0 to 11 and some chunks of them."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        errors, scored = outputs["frame_errors"], outputs["scored"]
+        outputs["shot"] = torch.arange(errors.numel()).view_as(errors) % 12
+        outputs["chunk_of_shot"] = torch.arange(errors.numel()).view_as(errors) % 2
+        for row in range(errors.shape[0]):
+            for frame in range(errors.shape[1]):
+                if scored[row, frame]:
+                    shot, chunk = int(outputs["shot"][row, frame]), int(outputs["chunk_of_shot"][row, frame])
+                    for name in (f"shot_{min(shot, 7) + 1}", f"chunk_of_shot_{chunk + 1}"):
+                        self.sums.setdefault(name, []).append(float(errors[row, frame]))
+
+
+def test_a_module_that_tells_shots_gets_its_loss_by_shot():
+    """Shots after the eighth count with it."""
+    by_shot, logger = ByShot(), MemoryLogger()
+    fit(tiny_module(), fake_batches(2), [by_shot, LossBreakdown(every_n_steps=2)], logger)
+    ((_, values),) = logger.logged
+    found = {name: value for name, value in values.items() if "shot" in name}
+    assert found == {
+        f"train/loss_{name}": pytest.approx(sum(errors) / len(errors)) for name, errors in by_shot.sums.items()
+    }
+    assert len(found) == 8 + 2
+
+
 def test_padded_frames_are_in_no_part():
     """A padded frame repeats the last one: it would make the end of the clip look easy."""
     errors = torch.tensor([[1.0, 2.0, 100.0, 100.0]])
