@@ -58,7 +58,7 @@ def test_help_lists_the_commands_without_loading_anything_heavy(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
     )
-    for command in ("train", "generate", "shards", "doctor"):
+    for command in ("train", "generate", "export", "shards", "doctor"):
         assert f"\n  {command} " in done.stdout
     root = Path(__file__).resolve().parent.parent
     assert f"configs: {root / 'conf'}\nrecipes: {root / 'recipes'}\n" in done.stdout

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from helpers.runs import assert_same, checkpoint, run, write_toyworld
 from longlive.adapters.export import ExportSummary
 from longlive.callbacks.ema import averaged_weights
+from longlive.cli import main
 from longlive.config import compose
 from longlive.export import export
 from longlive.generate import generate
@@ -54,10 +56,11 @@ def files(trained, tmp_path_factory) -> dict[str, Path]:
     return {name: folder / f"{name}.safetensors" for name in choices}
 
 
-@pytest.fixture
-def latents(monkeypatch, tmp_path) -> Callable[..., torch.Tensor]:
-    """Rolls out and returns the chunks before anything is rounded to pixels."""
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> Iterator[Callable[..., torch.Tensor]]:
+    """Rolls out and returns the chunks before anything is rounded to pixels; the same rollout is made once."""
     seen: list[torch.Tensor] = []
+    made: dict[tuple[Path, tuple[str, ...]], torch.Tensor] = {}
     real = RolloutEngine.rollout
 
     def noted(engine: RolloutEngine, *arguments: Any) -> Iterator[torch.Tensor]:
@@ -65,16 +68,17 @@ def latents(monkeypatch, tmp_path) -> Callable[..., torch.Tensor]:
             seen.append(chunk.clone())
             yield chunk
 
-    monkeypatch.setattr(RolloutEngine, "rollout", noted)
-
     def of(location: Path, *settings: str) -> torch.Tensor:
-        seen.clear()
-        directory = f"directory={tmp_path / f'videos-{len(list(tmp_path.iterdir()))}'}"
-        fixed = (PROMPTS, "num_frames=8", "rollout.num_steps=2", directory)
-        generate(compose("generate", [f"checkpoint={location}", *fixed, *settings]))
-        return torch.cat(seen, dim=1)
+        if (location, settings) not in made:
+            seen.clear()
+            fixed = (PROMPTS, "num_frames=8", "rollout.num_steps=2", f"directory={tmp_path_factory.mktemp('videos')}")
+            generate(compose("generate", [f"checkpoint={location}", *fixed, *settings]))
+            made[location, settings] = torch.cat(seen, dim=1)
+        return made[location, settings]
 
-    return of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RolloutEngine, "rollout", noted)
+        yield of
 
 
 @pytest.fixture(scope="module")
@@ -180,25 +184,28 @@ def test_the_codes_from_a_file_in_fp32_are_those_from_the_run(files, tmp_path):
     assert_same(load_file(tmp_path / "again.safetensors"), load_file(files["nvfp4"]))
 
 
+def in_hydra(folder: Path, arguments: list[str]) -> None:
+    """A process of its own, as Hydra changes logging; forked, as torch is imported already."""
+    os.chdir(folder)
+    with Path("stdout").open("w") as file, redirect_stdout(file):
+        code = main(arguments)
+    os._exit(code)
+
+
 def test_the_command_prints_what_it_wrote_and_leaves_nothing_else(trained, tmp_path):
-    """As users run it: inside Hydra, whose log file would lie in the working directory."""
-    command = [sys.executable, "-m", "longlive.cli", "export", f"checkpoint={trained}", "format=nvfp4"]
-    done = subprocess.run(
-        [*command, "output=made/network.safetensors"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    """Inside Hydra, whose log file would lie in the working directory."""
+    arguments = ["export", f"checkpoint={trained}", "format=nvfp4", "output=made/network.safetensors"]
+    process = multiprocessing.get_context("fork").Process(target=in_hydra, args=(tmp_path, arguments))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
     size = (tmp_path / "made" / "network.safetensors").stat().st_size
-    assert f"made/network.safetensors: 33,952 parameters in {size:,} bytes; in bfloat16 they would take" in done.stdout
-    assert [line.split() for line in done.stdout.splitlines()][1:3] == [
-        ["bfloat16", "32", "47,424"],
-        ["uint8", "10", "5,120"],
-    ]
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["made", "made/network.safetensors"]
+    lines = (tmp_path / "stdout").read_text().splitlines()
+    assert lines[1].split() == ["bfloat16", "32", "47,424"]
+    assert lines[2].split() == ["uint8", "10", "5,120"]
+    assert lines[-1].startswith(f"made/network.safetensors: 33,952 parameters in {size:,} bytes; in bfloat16 they")
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert names == {"made", "made/network.safetensors", "stdout"}
 
 
 @pytest.mark.parametrize(

@@ -39,47 +39,47 @@ import torch
 from safetensors import safe_open
 
 from longlive.precision.nvfp4.format import BLOCK, LIMITS, RULES, QuantisedTensor, unswizzle
-from longlive.typing import Float, Int, Tensor, UInt8
+from longlive.typing import Float, Tensor
 
 ROWS, COLUMNS = 128, 4
 """Of a tile of scales: what libraries pad them to."""
 
 
 def from_torchao(
-    qdata: UInt8[Tensor, "n bytes"],
+    qdata: Tensor,
     scale: Tensor,
-    per_tensor_scale: Float[Tensor, ""] | None = None,
+    per_tensor_scale: Tensor | None = None,
     *,
     is_swizzled_scales: bool = False,
 ) -> QuantisedTensor:
     """torchao's `NVFP4Tensor`, by the names of its attributes.
 
     Args:
-        qdata: `[n k/2]`.
+        qdata: uint8 `[n k/2]`.
         scale: float8_e4m3fn, `[n k/16]`, or swizzled in any shape.
-        per_tensor_scale: g; None: 1.
+        per_tensor_scale: g, float32, one element; None: 1.
 
     Raises:
         ValueError: if the parts do not belong together, or g is no positive number.
     """
     scales = _scales("scale", scale, qdata, swizzled=is_swizzled_scales)
-    g = torch.ones(()) if per_tensor_scale is None else per_tensor_scale.detach().float().cpu().reshape(())
+    g = torch.ones(()) if per_tensor_scale is None else _single("per_tensor_scale", per_tensor_scale).cpu()
     return _quantised(qdata, scales, amax_of(g, "static_6").to(qdata.device), "static_6")
 
 
 def from_transformer_engine(
-    rowwise_data: UInt8[Tensor, "n bytes"],
+    rowwise_data: Tensor,
     rowwise_scale_inv: Tensor,
-    amax_rowwise: Float[Tensor, "*one"],
+    amax_rowwise: Tensor,
     *,
     with_gemm_swizzled_scales: bool = False,
 ) -> QuantisedTensor:
     """Transformer Engine's `NVFP4Tensor`, by the names of its attributes without their underscore.
 
     Args:
-        rowwise_data: `[n k/2]`.
+        rowwise_data: uint8 `[n k/2]`.
         rowwise_scale_inv: uint8 or float8_e4m3fn, `[n k/16]` padded to multiples of 128 and 4.
-        amax_rowwise: one element.
+        amax_rowwise: float32, one element.
 
     Raises:
         ValueError: if the parts do not belong together.
@@ -89,19 +89,19 @@ def from_transformer_engine(
 
 
 def from_four_over_six(
-    values: UInt8[Tensor, "rows bytes"],
+    values: Tensor,
     scale_factors: Tensor,
-    amax: Float[Tensor, "*one"],
-    metadata: Int[Tensor, " numbers"],
+    amax: Tensor,
+    metadata: Tensor,
     rule: str = "mse",
 ) -> QuantisedTensor:
     """A quantised weight of FourOverSix, by the names of a layer's buffers without `quantized_weight_`.
 
     Args:
-        values: `[n k/2]`, padded to multiples of 128 rows and 64 elements.
+        values: uint8 `[n k/2]`, padded to multiples of 128 rows and 64 elements.
         scale_factors: float8_e4m3fn, of the padded matrix.
-        amax: one element.
-        metadata: n, k, both padded, and (after one more number) whether scales are swizzled; without it they are.
+        amax: float32, one element.
+        metadata: integers: n, k, both padded, one more, and whether scales are swizzled (if it ends before, they are).
         rule: the `weight_scale_rule` of the model's config.
 
     Raises:
@@ -219,7 +219,7 @@ def _scales(name: str, stored: Tensor, packed: Tensor, *, swizzled: bool) -> Ten
 
 def _single(name: str, amax: Tensor) -> Tensor:
     if amax.numel() != 1:
-        raise ValueError(f"{name} has shape {list(amax.shape)}; there is one amax per weight here")
+        raise ValueError(f"{name} has shape {list(amax.shape)}; a weight has one")
     return amax.detach().float().reshape(())
 
 

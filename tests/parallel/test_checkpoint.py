@@ -13,6 +13,7 @@ from longlive.parallel.checkpoint import (
     check_same_shapes,
     find_checkpoint,
     load_checkpoint,
+    load_weights_and_config,
     newest_checkpoint,
     with_frozen,
 )
@@ -111,6 +112,12 @@ def test_a_file_without_a_training_state_is_named(tmp_path, content):
     torch.save(content, tmp_path / "weights.ckpt")
     with pytest.raises(ValueError, match=r"weights\.ckpt is no training checkpoint: it holds no state_dict"):
         load_checkpoint(tmp_path / "weights.ckpt")
+
+
+def test_weights_are_read_without_the_optimizers(tmp_path):
+    """Twice the weights' bytes, or more, which nobody who rolls out looks at."""
+    path = save(tmp_path / "step-0000007.ckpt", optimizer_states=[{"state": {0: torch.zeros(2)}}])
+    assert_same(load_weights_and_config(path), CONTENT)
 
 
 def test_a_checkpoint_that_does_not_exist_is_named(tmp_path):

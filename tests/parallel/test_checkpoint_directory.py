@@ -14,7 +14,13 @@ import torch.distributed.checkpoint as dcp
 from helpers.distributed import run_on_ranks
 from helpers.runs import assert_same
 from helpers.sharded_runs import bare, checkpoint_of, flat_mesh
-from longlive.parallel.checkpoint import AtomicCheckpointIO, find_checkpoint, load_checkpoint, newest_checkpoint
+from longlive.parallel.checkpoint import (
+    AtomicCheckpointIO,
+    find_checkpoint,
+    load_checkpoint,
+    load_weights_and_config,
+    newest_checkpoint,
+)
 from longlive.parallel.checkpoint_directory import (
     ShardReader,
     ShardWriter,
@@ -109,6 +115,19 @@ def test_only_complete_directories_are_found(directory):
             find_checkpoint(location)
     with pytest.raises(FileNotFoundError, match="has no _COMPLETE, so it was not written to its end"):
         load_checkpoint(directory)
+
+
+def test_weights_are_read_without_the_optimizers(directory, monkeypatch):
+    """They are most of a checkpoint's bytes."""
+    content = load_checkpoint(directory)
+    asked: list[str] = []
+    real = dcp.load
+    monkeypatch.setattr(dcp, "load", lambda shards, **settings: (asked.extend(shards), real(shards, **settings)))
+    found = load_weights_and_config(directory)
+    del content["optimizer_states"]
+    assert_same(found, content)
+    assert asked
+    assert not any(name.startswith("optimizer_states") for name in asked)
 
 
 def test_a_checkpoint_that_stepped_aside_counts_until_the_new_one_has_the_name(directory):
