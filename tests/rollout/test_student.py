@@ -253,6 +253,17 @@ def test_exit_steps_depend_on_step_and_chunk_and_on_no_sample(network: CausalWan
         assert any(other != exits for other in others)
 
 
+def test_a_clip_draws_its_exit_by_where_it_begins(network: CausalWan) -> None:
+    """Clips of one streamed rollout would all exit alike otherwise."""
+    rollout = StudentRollout(RolloutEngine(network, replace(SETTINGS, num_steps=2), FlowSchedule()))
+    state, found = started(rollout, max_chunks=24), []
+    for first in range(0, 24, 2):
+        for state.next_chunk in (first, first + 1):
+            found.append(rollout.exit_step(state, first))
+    assert found[::2] == found[1::2]
+    assert set(found) == {0, 1}
+
+
 def test_noise_is_of_the_step_and_of_the_purpose(network: CausalWan) -> None:
     rollout = StudentRollout(RolloutEngine(network, SETTINGS, FlowSchedule()))
     noise = [
