@@ -37,13 +37,12 @@ def export(config: DictConfig) -> ExportSummary:
             f"checkpoint={trained.path} is in NVFP4, and what was rounded away does not come back; export from the "
             "run, or from a file in fp32"
         )
-    network = trained.module.trained_network
-    weights = network.state_dict()
+    weights = trained.module.trained_network.state_dict()
     with Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress:
         task = progress.add_task("exporting", total=len(weights))
         summary = write_export(
             output,
-            network,
+            trained.module.model_config,
             weights,
             format,
             config=trained.config,

@@ -22,7 +22,7 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,7 +33,7 @@ from torch import nn
 from longlive import __version__
 from longlive.adapters.exported import KEY, LAYOUT, PACKED_DTYPES, SUFFIX, Packing
 from longlive.data.atomic import write_aside
-from longlive.models.wan.config import Naming
+from longlive.models.wan.config import Naming, WanConfig
 from longlive.models.wan.model import CausalWan
 from longlive.models.wan.weights import diffusers_name
 from longlive.parallel.checkpoint import check_same_shapes
@@ -65,7 +65,7 @@ class ExportFormat(ABC):
         """What is stored of each weight, one after the other.
 
         Args:
-            network: whose weights they are; may be on meta.
+            network: whose weights they are; on meta.
             weights: all of the network's.
 
         Raises:
@@ -170,8 +170,8 @@ class ExportSummary:
 
     num_parameters: int
     num_bytes: int
-    tensors: Mapping[str, int] = field(default_factory=dict)
-    tensor_bytes: Mapping[str, int] = field(default_factory=dict)
+    tensors: Mapping[str, int]
+    tensor_bytes: Mapping[str, int]
 
     @property
     def ratio(self) -> float:
@@ -195,7 +195,7 @@ def check_export(path: Path, format: ExportFormat, naming: str) -> None:
 
 def write_export(
     path: Path,
-    network: CausalWan,
+    model: WanConfig,
     weights: Weights,
     format: ExportFormat,
     *,
@@ -208,17 +208,19 @@ def write_export(
 
     Args:
         path: to write; it must not exist.
-        network: its shapes; it may be on meta.
-        weights: of the network, all of them.
+        model: the network's sizes.
+        weights: of the network, all of them and no others.
         config: plain containers; a rollout from the file builds network, codec and text encoder from it.
         step: of the checkpoint.
         naming: whose names tensors get.
         on_weight: called whenever one of the weights is ready.
 
     Raises:
-        ValueError: as `check_export`; or if weights, network and format do not fit.
+        ValueError: as `check_export`; or if weights, sizes and format do not fit.
     """
     check_export(path, format, naming)
+    with torch.device("meta"):
+        network = CausalWan(model)
     check_same_shapes(network.state_dict(), weights)  # type: ignore[arg-type]  # both kinds have shapes
     stored = {}
     for tensors in format.tensors(network, weights):

@@ -25,7 +25,7 @@ a tensor's `get_metadata()` under `<weight>.<entry>`. Columnwise copies, which o
 To roll out from such a file, pack the rest of the network around it:
 
     codes = {f"{layer}.weight": codes for layer, codes in read_torchao(path)}
-    write_export(output, network, weights | codes, NVFP4Format(rule="static_6"), config=config, step=step)
+    write_export(output, model, weights | codes, NVFP4Format(rule="static_6"), config=config, step=step)
 """
 
 from __future__ import annotations

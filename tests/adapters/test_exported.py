@@ -54,7 +54,7 @@ def files(network, tmp_path_factory) -> dict[str, Path]:
     }
     for name, (format, naming) in formats.items():
         path = folder / f"{name}.safetensors"
-        write_export(path, network, network.state_dict(), format, config=RUN, step=7, naming=naming)
+        write_export(path, network.config, network.state_dict(), format, config=RUN, step=7, naming=naming)
     return {name: folder / f"{name}.safetensors" for name in formats}
 
 
@@ -133,7 +133,7 @@ def test_packed_weights_never_exist_as_numbers(tmp_path):
     largest = {}
     for name, format in (("nvfp4", NVFP4Format(layers=["blocks.*.ffn.[02]"])), ("bf16", CastFormat("bf16"))):
         path = tmp_path / f"{name}.safetensors"
-        write_export(path, whole, whole.state_dict(), format, config=RUN, step=7)
+        write_export(path, wide, whole.state_dict(), format, config=RUN, step=7)
         with Largest() as seen:
             load(path, wide)
         largest[name] = seen.elements
@@ -146,7 +146,7 @@ def test_blocks_of_one_row_multiply_right_and_have_no_transpose(network, tmp_pat
     codes = quantise(network.get_submodule(name).weight.detach(), "static_6")
     path = tmp_path / "network.safetensors"
     weights = {**network.state_dict(), f"{name}.weight": codes}
-    write_export(path, network, weights, NVFP4Format(layers=[name]), config=RUN, step=7)
+    write_export(path, network.config, weights, NVFP4Format(layers=[name]), config=RUN, step=7)
     layer = load(path).get_submodule(name)
     layer.recipe = NVFP4Recipe(weights="static_6", activations=None)
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
