@@ -37,6 +37,7 @@ seconds are scaled up, once the other variant's down. The two differ where secon
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -114,6 +115,7 @@ def run_rank(
     results: str,
 ) -> None:
     """One rank of one variant, in a process of its own."""
+    gc.freeze()  # what a fork inherits is no garbage of its own, and would take a good part of a small step
     places = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": settings.ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"})
     if Path("/sys/class/net/lo").exists():
