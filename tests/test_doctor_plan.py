@@ -232,7 +232,7 @@ def test_a_declared_global_batch_sets_the_accumulation() -> None:
 
 
 def test_given_frames_bear_no_loss() -> None:
-    plan = plan_of("balanced_sp", 4, "data.num_frames=16", "data.batch_size=1", "+module.given_frames=1")
+    plan = plan_of("balanced_sp", 4, "data.num_frames=16", "data.batch_size=1", "module.given_frames=1")
     assert [rank.loss_tokens for rank in plan.ranks] == [48, 64, 64, 64]
 
 

@@ -3,6 +3,9 @@ files.
 
 TensorBoard gets an animated GIF (its own `add_video` writes nothing with current moviepy); the exact video lies beside
 the log as mp4. Metrics given here are computed on the same videos.
+
+A prompt is a text, or a story: a text per shot, whose video is cut where the story says, with the prompts and shots
+that `generate` would give its chunks.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from longlive.callbacks.ema import EMA
 from longlive.codecs.base import num_raw_frames
+from longlive.data.prompts import StoryPrompt
+from longlive.data.shots import SCENE_CUT_PHRASE
 from longlive.data.video_writer import write_mp4
 from longlive.modules.base import LongLiveModule, to_unit_range
 from longlive.parallel.strategy import ShardedStrategy
@@ -31,9 +36,9 @@ from longlive.typing import RawFrames, Tensor, UInt8
 
 @runtime_checkable
 class VideoMetric(Protocol):
-    """What is measured on videos and their prompts; `metrics.toyworld.ToyWorldAccuracy` is one."""
+    """What is measured on videos and their prompts, texts or stories; `metrics.toyworld.ToyWorldAccuracy` is one."""
 
-    def update(self, videos: Tensor, prompts: Sequence[str]) -> None: ...
+    def update(self, videos: Tensor, prompts: Sequence[Any]) -> None: ...
 
     def compute(self) -> dict[str, Tensor]: ...
 
@@ -44,7 +49,7 @@ class SampleVideo(Callback):
     """Every `every_n_steps` optimizer steps and after the last one: videos, on rank 0.
 
     Args:
-        prompts: one video each.
+        prompts: one video each: a text, a `StoryPrompt`, or the captions of shots that last as long, or nearly.
         num_frames: latent frames, a multiple of the module's `chunk_frames`.
         height, width: pixels.
         fps: of the files.
@@ -53,14 +58,15 @@ class SampleVideo(Callback):
         directory: where the mp4 files go, in a folder per step.
         metric: optional, logged as `samples/<name>`.
         num_shown: this many of the videos are written to TensorBoard and to files; all are measured.
+        scene_cut_phrase: begins the first prompt of every shot but the first; the one of training.
 
     Raises:
-        ValueError: if there is no prompt.
+        ValueError: if there is no prompt, or a story's captions and durations do not fit.
     """
 
     def __init__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | StoryPrompt | Sequence[str]],
         num_frames: int,
         height: int,
         width: int,
@@ -70,10 +76,15 @@ class SampleVideo(Callback):
         seed: int = 0,
         metric: VideoMetric | None = None,
         num_shown: int = 4,
+        scene_cut_phrase: str = SCENE_CUT_PHRASE,
     ) -> None:
         if not prompts:
             raise ValueError("no prompt: SampleVideo needs at least one")
-        self.prompts = list(prompts)
+        self.prompts: list[str | StoryPrompt] = [
+            prompt if isinstance(prompt, str | StoryPrompt) else StoryPrompt(slug(prompt[0]), tuple(prompt))
+            for prompt in prompts
+        ]
+        self.scene_cut_phrase = scene_cut_phrase
         self.num_frames = num_frames
         self.height, self.width, self.fps = height, width, fps
         self.every_n_steps = every_n_steps
@@ -84,9 +95,12 @@ class SampleVideo(Callback):
         self._last_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse impossible sizes before training starts."""
+        """Refuse impossible sizes and stories before training starts."""
         assert isinstance(pl_module, LongLiveModule)
-        pl_module.rollout.num_chunks(self.num_frames)
+        num_chunks = pl_module.rollout.num_chunks(self.num_frames)
+        self.prompts = [
+            prompt.over(num_chunks) if isinstance(prompt, StoryPrompt) else prompt for prompt in self.prompts
+        ]
         codec = pl_module.codec
         num_raw = num_raw_frames(self.num_frames, codec.temporal_ratio)
         codec.check_video(torch.empty(0, num_raw, 3, self.height, self.width))
@@ -135,14 +149,21 @@ class SampleVideo(Callback):
     def _roll_out(self, module: LongLiveModule) -> RawFrames:
         num_chunks = module.rollout.num_chunks(self.num_frames)
         codec = module.codec
+        rows = [
+            prompt.chunks(self.scene_cut_phrase)
+            if isinstance(prompt, StoryPrompt)
+            else ((prompt,) * num_chunks, (0,) * num_chunks)
+            for prompt in self.prompts
+        ]
         videos, _ = generate_videos(
             module.rollout_engine(),
             codec,
             module.text_encoder,
-            [[prompt] * num_chunks for prompt in self.prompts],
+            [prompts for prompts, _ in rows],
             (self.height // codec.spatial_ratio, self.width // codec.spatial_ratio),
             seed=self.seed,
             sample_ids=range(len(self.prompts)),
+            shot_index=torch.tensor([shots for _, shots in rows]),
         )
         return videos
 
@@ -150,10 +171,14 @@ class SampleVideo(Callback):
         folder = self.directory / f"step-{trainer.global_step:07d}"
         folder.mkdir(parents=True, exist_ok=True)
         for index, (video, prompt) in enumerate(zip(videos, self.prompts, strict=False)):
-            write_mp4(folder / f"{index:02d}-{slug(prompt)}.mp4", video, self.fps)
+            if isinstance(prompt, StoryPrompt):
+                name, text = prompt.name, " | ".join(prompt.captions)
+            else:
+                name, text = prompt, prompt
+            write_mp4(folder / f"{index:02d}-{slug(name)}.mp4", video, self.fps)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    add_animation(logger, f"samples/{index:02d}", video, prompt, self.fps, trainer.global_step - 1)
+                    add_animation(logger, f"samples/{index:02d}", video, text, self.fps, trainer.global_step - 1)
 
 
 def slug(prompt: str, longest: int = 60) -> str:

@@ -17,6 +17,7 @@ from helpers.runs import MemoryLogger, assert_same, events, fake_batches, fit, t
 from longlive.callbacks.ema import EMA
 from longlive.callbacks.loss_breakdown import LossBreakdown
 from longlive.callbacks.sample_video import SampleVideo, slug
+from longlive.data.prompts import StoryPrompt
 from longlive.data.video import open_video
 from longlive.modules.base import LongLiveModule
 from longlive.rollout.engine import RolloutSettings
@@ -242,3 +243,43 @@ def test_impossible_sizes_are_refused_before_training(tmp_path, size, message):
 )
 def test_a_prompt_becomes_a_file_name(prompt, name):
     assert slug(prompt) == name
+
+
+def test_a_story_is_rolled_out_with_its_shots_prompts_and_cuts(tmp_path, monkeypatch):
+    """Samples without the scene-cut phrase, or without the cut itself, would show a network that never cuts."""
+    asked: dict[str, Any] = {}
+
+    def generate(engine, codec, text_encoder, prompts, latent_size, *, shot_index, **names: Any) -> tuple[Any, None]:
+        asked.update(prompts=[list(row) for row in prompts], shots=shot_index.tolist())
+        return torch.zeros(len(prompts), 61, 3, 32, 32, dtype=torch.uint8), None
+
+    monkeypatch.setattr("longlive.callbacks.sample_video.generate_videos", generate)
+    metric = Metric()
+    prompts = [
+        "a red circle",
+        StoryPrompt("There and back", ("a dog", "a cat", "a dog"), (1, 2, 1)),
+        ["a hen", "a cow"],
+    ]
+    metric.update = lambda videos, prompts: asked.update(measured=prompts)  # type: ignore[method-assign]
+    callback = sampler(tmp_path, prompts=prompts, num_frames=16, metric=metric, scene_cut_phrase="Cut. ")
+    logger = TensorBoardLogger(tmp_path, name="tensorboard", version="")
+    fit(module(), fake_batches(1), [callback], logger)
+    assert asked["shots"] == [[0, 0, 0, 0], [0, 1, 1, 2], [0, 0, 1, 1]]
+    assert asked["prompts"] == [
+        ["a red circle"] * 4,
+        ["a dog", "Cut. a cat", "a cat", "Cut. a dog"],
+        ["a hen", "a hen", "Cut. a cow", "a cow"],
+    ]
+    assert asked["measured"] == [prompts[0], prompts[1], StoryPrompt("a-hen", ("a hen", "a cow"), (2, 2))]
+    names = sorted(file.name for file in (tmp_path / "samples" / "step-0000001").iterdir())
+    assert names == ["00-a-red-circle.mp4", "01-there-and-back.mp4", "02-a-hen.mp4"]
+    texts = [
+        v.tensor.string_val[0].decode() for _, v in events(tmp_path) if v.metadata.plugin_data.plugin_name == "text"
+    ]
+    assert texts == ["a red circle", "a dog | a cat | a dog", "a hen | a cow"]
+
+
+def test_a_story_that_does_not_fit_the_video_is_refused_before_training(tmp_path):
+    callback = sampler(tmp_path, prompts=[StoryPrompt("long", ("a dog", "a cat"), (1, 2))], num_frames=8)
+    with pytest.raises(ValueError, match=r"story 'long' last 1 \+ 2 = 3 chunks, but the video has 2"):
+        fit(module(), fake_batches(1), [callback])
