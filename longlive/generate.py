@@ -29,6 +29,8 @@ from longlive.callbacks.sample_video import slug
 from longlive.codecs.base import num_raw_frames
 from longlive.config import instantiate, to_plain
 from longlive.data.atomic import write_aside
+from longlive.data.prompts import StoryPrompt
+from longlive.data.requests import VideoRequest, read_requests
 from longlive.data.video import open_video
 from longlive.data.video_writer import write_mp4
 from longlive.modules.base import to_unit_range
@@ -38,6 +40,7 @@ from longlive.precision.nvfp4.plugin import NVFP4Precision
 from longlive.precision.nvfp4.recipe import NVFP4Recipe
 from longlive.precision.plugin import LinearPrecision
 from longlive.rollout.engine import ChunkReport
+from longlive.rollout.settings import RolloutSettings
 from longlive.rollout.video import Timings, generate_videos
 from longlive.trained import Trained, load_trained
 from longlive.typing import Tensor, UInt8
@@ -58,17 +61,23 @@ def generate(config: DictConfig) -> dict[str, Any]:
         FileNotFoundError: if there is no checkpoint.
     """
     start = time.perf_counter()
-    prompts = read_prompts(config.prompts)
+    requests = requests_of(config)
     trained = load_trained(config.checkpoint)
     module = trained.module
     given: dict[str, Any] = {str(name): value for name, value in config.rollout.items() if value is not None}
     settings = replace(module.rollout, **given)
     training = trained.config["data"]
-    num_frames = config.num_frames or training["num_frames"]
-    num_chunks = settings.num_chunks(num_frames)
+    # Checkpoints from before there was a phrase were trained without.
+    scene_cut_phrase = training.get("scene_cut_phrase", "")
+    stories = [story_of(request, settings, config.num_frames, training["num_frames"]) for request in requests]
+    chunks = [story.chunks(scene_cut_phrase) for story in stories]
+    lengths = [len(prompts) for prompts, _ in chunks]
+    num_frames = sorted({length * settings.chunk_frames for length in lengths})
     height, width = config.height or training["height"], config.width or training["width"]
     fps = config.fps or training["fps"]
-    module.codec.check_video(torch.empty(0, num_raw_frames(num_frames, module.codec.temporal_ratio), 3, height, width))
+    ratio = module.codec.temporal_ratio
+    for frames in num_frames:
+        module.codec.check_video(torch.empty(0, num_raw_frames(frames, ratio), 3, height, width))
     latent_size = (height // module.codec.spatial_ratio, width // module.codec.spatial_ratio)
     module.model_config.patches(*latent_size)
     settings.check_network(module.model_config)
@@ -77,6 +86,10 @@ def generate(config: DictConfig) -> dict[str, Any]:
             raise ValueError(f"{name}={config[name]} must be at least 1")
     metric = None if config.metric is None else instantiate(config.metric)
     precision, precision_record = precision_of(trained, config)
+    asked = [
+        story if isinstance(request.prompt, StoryPrompt) else request.prompt
+        for request, story in zip(requests, stories, strict=True)
+    ]
 
     directory = Path(config.directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -86,45 +99,50 @@ def generate(config: DictConfig) -> dict[str, Any]:
             "step": trained.step,
             "seed": config.seed,
             "negative_prompt": config.negative_prompt,
-            "num_frames": num_frames,
+            "num_frames": num_frames[0] if len(num_frames) == 1 else num_frames,
             "height": height,
             "width": width,
             "fps": fps,
             "rollout": asdict(settings),
             "precision": precision_record,
-            "prompts": prompts,
+            "prompts": [asdict(prompt) if isinstance(prompt, StoryPrompt) else prompt for prompt in asked],
         },
         "version": __version__,
         "torch": torch.__version__,
         "device": device_name(),
         "timings": {},
     }
+    if any(len(story.captions) > 1 for story in stories):
+        record["settings"]["scene_cut_phrase"] = scene_cut_phrase
     record |= _check_directory(directory, record)
-    files = [directory / f"{index:03d}-{slug(prompt)}.mp4" for index, prompt in enumerate(prompts)]
+    names = [slug(request.name or request.story.name) for request in requests]
+    files = [directory / f"{index:03d}-{name}.mp4" for index, name in enumerate(names)]
     waiting = [index for index, file in enumerate(files) if not file.exists()]
     module.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(precision, LinearPrecision):
         precision.convert_module(module.requires_grad_(False))
         precision.freeze(module)
     engine = module.rollout_engine(settings)
-    record["kv_cache_bytes"] = engine.cache_bytes(latent_size, min(config.batch_size, len(prompts)), num_chunks)
-    batches = [waiting[i : i + config.batch_size] for i in range(0, len(waiting), config.batch_size)]
+    record["kv_cache_bytes"] = engine.cache_bytes(latent_size, min(config.batch_size, len(files)), max(lengths))
+    batches = batches_of(waiting, lengths, config.batch_size)
     timings: list[Timings] = []
     with progress_bar() as progress, autocast_context(precision, module.device):
-        task = progress.add_task("generating", total=len(batches) * num_chunks)
+        task = progress.add_task("generating", total=sum(lengths[batch[0]] for batch in batches))
 
         def advance(report: ChunkReport) -> None:
             progress.advance(task)
 
         for batch in batches:
+            prompts, shot_index = zip(*(chunks[index] for index in batch), strict=True)
             videos, batch_timings = generate_videos(
                 engine,
                 module.codec,
                 module.text_encoder,
-                [[prompts[index]] * num_chunks for index in batch],
+                prompts,
                 latent_size,
                 seed=config.seed,
                 sample_ids=batch,
+                shot_index=torch.tensor(shot_index),
                 negative_prompt=config.negative_prompt,
                 on_chunk=advance,
             )
@@ -143,40 +161,58 @@ def generate(config: DictConfig) -> dict[str, Any]:
             "batch_size": config.batch_size,
         }
     sheet = directory / "contact_sheet.png"
-    write_contact_sheet(sheet, files[: config.sheet_rows], prompts)
+    write_contact_sheet(sheet, files[: config.sheet_rows], [request.text for request in requests])
     if metric is not None:
-        metrics = measure(metric, files, prompts)
+        metrics = measure(metric, files, asked)
         print_metrics(metrics)
         record["metrics"] = metrics
     _write_json(directory / RECORD, record)
-    print(f"{len(files)} videos of {num_raw_frames(num_frames, module.codec.temporal_ratio)} raw frames in {directory}")
+    sizes = " or ".join(str(num_raw_frames(frames, ratio)) for frames in num_frames)
+    print(f"{len(files)} videos of {sizes} raw frames in {directory}")
     print(f"contact sheet: {sheet}")
     return record
 
 
-def read_prompts(prompts: Any) -> list[str]:
-    """Prompts as the setting gives them: one text, a list, a text file with one prompt per line, or an object that
-    makes them.
+def requests_of(config: DictConfig) -> list[VideoRequest]:
+    """The videos that the settings `prompts` ask for; those may be an object that makes them.
 
     Raises:
-        ValueError: if that leaves no prompt, or one is empty.
+        ValueError: as `read_requests`.
     """
+    prompts = config.prompts
     if isinstance(prompts, DictConfig):
-        found = list(instantiate(prompts))
-    elif isinstance(prompts, str):
-        is_file = prompts.endswith(".txt")
-        if is_file and not Path(prompts).is_file():
-            raise ValueError(f"prompts={prompts!r}: there is no such file; give a text file with one prompt per line")
-        lines = Path(prompts).read_text(encoding="utf-8").splitlines() if is_file else [prompts]
-        found = [line.strip() for line in lines if line.strip()]
-    else:
-        found = [str(prompt) for prompt in prompts or ()]
-    if not found or not all(prompt.strip() for prompt in found):
-        raise ValueError(
-            "no prompt: give prompts='a text', prompts=[text,text], prompts=file.txt (one per line), or "
-            "prompt_set=toyworld"
-        )
-    return found
+        prompts = instantiate(prompts)
+    elif not isinstance(prompts, str):
+        prompts = [str(prompt) for prompt in prompts or ()]
+    return read_requests(prompts)
+
+
+def story_of(
+    request: VideoRequest, settings: RolloutSettings, num_frames: int | None, usual_frames: int
+) -> StoryPrompt:
+    """What a video shows, with the durations of its shots.
+
+    Args:
+        request: as asked for.
+        settings: of the rollout.
+        num_frames: how long the video has to be; None: as long as its story says.
+        usual_frames: how long, if that says nothing.
+
+    Raises:
+        ValueError: if the story does not fit a video of that length.
+    """
+    story = request.story
+    if num_frames is None and story.durations is not None:
+        return story
+    return story.over(settings.num_chunks(num_frames or usual_frames))
+
+
+def batches_of(waiting: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Videos that are generated together: of one length, in their order."""
+    groups: dict[int, list[int]] = {}
+    for index in waiting:
+        groups.setdefault(lengths[index], []).append(index)
+    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
 
 def precision_of(trained: Trained, config: DictConfig) -> tuple[Precision | str, Any]:
@@ -264,7 +300,7 @@ def write_contact_sheet(path: Path, files: Sequence[Path], prompts: Sequence[str
         sheet.save(temporary, format="PNG")
 
 
-def measure(metric: Any, files: Sequence[Path], prompts: Sequence[str]) -> dict[str, float]:
+def measure(metric: Any, files: Sequence[Path], prompts: Sequence[str | StoryPrompt]) -> dict[str, float]:
     """A video metric on the files as written."""
     for file, prompt in zip(files, prompts, strict=True):
         metric.update(to_unit_range(_read_whole(file)[None]), [prompt])

@@ -18,7 +18,7 @@ from longlive.callbacks.ema import averaged_weights
 from longlive.config import compose, instantiate
 from longlive.data.toyworld import random_prompts
 from longlive.data.video import open_video
-from longlive.generate import generate, read_prompts
+from longlive.generate import generate, requests_of
 from longlive.trained import load_module
 
 PROMPTS = ("a red circle moves slowly right over a dark ground", "a blue square", "a cyan cross")
@@ -59,13 +59,13 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[SimpleNamespace]:
-    """Engine, sample ids and videos of every call of `generate_videos`."""
+    """Engine, prompts, shots, sample ids and videos of every call of `generate_videos`."""
     calls: list[SimpleNamespace] = []
     real = generation.generate_videos
 
-    def noted(engine: Any, *arguments: Any, sample_ids: Any, **settings: Any) -> Any:
-        videos, timings = real(engine, *arguments, sample_ids=sample_ids, **settings)
-        calls.append(SimpleNamespace(engine=engine, sample_ids=sample_ids, videos=videos))
+    def noted(engine: Any, codec: Any, text_encoder: Any, prompts: Any, *arguments: Any, **settings: Any) -> Any:
+        videos, timings = real(engine, codec, text_encoder, prompts, *arguments, **settings)
+        calls.append(SimpleNamespace(engine=engine, prompts=prompts, videos=videos, **settings))
         return videos, timings
 
     monkeypatch.setattr(generation, "generate_videos", noted)
@@ -270,7 +270,7 @@ def test_the_metric_measures_the_files_as_written(trained, tmp_path, capsys):
 
 def test_prompts_are_a_text_a_list_a_file_or_a_set(tmp_path):
     def prompts(*overrides: str) -> list[str]:
-        return read_prompts(compose("generate", overrides).prompts)
+        return [request.prompt for request in requests_of(compose("generate", overrides))]
 
     file = tmp_path / "prompts.txt"
     file.write_text("a red circle\n\n  a blue square \nüber, mit Komma\n", encoding="utf-8")
@@ -286,6 +286,86 @@ def test_the_same_prompt_twice_makes_two_videos(trained, tmp_path):
     make(trained, tmp_path, "num_frames=4", prompts="prompts=[a red circle,a red circle]")
     first, second = (read(tmp_path / f"00{index}-a-red-circle.mp4") for index in (0, 1))
     assert not torch.equal(first, second)
+
+
+STORY = {"name": "b", "captions": ["a red circle", "a blue square"], "durations": [2, 1]}
+PHRASE = "The scene transitions. "
+
+
+@pytest.fixture
+def stories(tmp_path) -> Path:
+    """Two cases in the public layout: one of three chunks, one that says nothing about its length."""
+    folder = tmp_path / "stories"
+    for case, captions in (("a", ("a cyan cross", "a green circle")), ("b", STORY["captions"])):
+        (folder / case).mkdir(parents=True)
+        for number, caption in enumerate(captions):
+            (folder / case / f"{number}.json").write_text(json.dumps({"caption": caption}))
+    (folder / "b" / "shot_durations.txt").write_text("2 1")
+    return folder
+
+
+def test_stories_are_rolled_out_shot_by_shot(trained, stories, tmp_path, calls):
+    """Videos of several lengths, each with the prompts and shots of its chunks, the phrase at the cut."""
+    record = make(trained, tmp_path / "videos", "rollout.shot_rope_offset=8.0", prompts=f"prompts={stories}")
+    first, second = calls
+    assert (first.sample_ids, second.sample_ids) == ([0], [1])
+    assert first.prompts == (("a cyan cross", f"{PHRASE}a green circle"),)
+    assert first.shot_index.tolist() == [[0, 1]]
+    assert second.prompts == (("a red circle", "a red circle", f"{PHRASE}a blue square"),)
+    assert second.shot_index.tolist() == [[0, 0, 1]]
+    assert read(tmp_path / "videos" / "000-a.mp4").shape[0] == 29, "as long as in training"
+    assert read(tmp_path / "videos" / "001-b.mp4").shape[0] == 45, "as long as its shots say"
+    settings = record["settings"]
+    assert (settings["num_frames"], settings["scene_cut_phrase"]) == ([8, 12], PHRASE)
+    assert json.loads((tmp_path / "videos" / "generation.json").read_text())["settings"]["prompts"][1] == STORY
+    assert record["timings"]["raw_frames"] == 29 + 45
+
+
+def test_the_phrase_at_a_cut_is_the_one_of_training(trained, stories, tmp_path, calls):
+    """Known mistake 12. A checkpoint from before there was a phrase was trained without one."""
+    saved = checkpoint(trained, 12)
+    for phrase, expected in (("Cut to: ", "Cut to: a blue square"), (None, "a blue square")):
+        saved["config"]["data"].pop("scene_cut_phrase", None)
+        if phrase is not None:
+            saved["config"]["data"]["scene_cut_phrase"] = phrase
+        torch.save(saved, tmp_path / "model.ckpt")
+        make(tmp_path / "model.ckpt", tmp_path / f"with-{phrase is None}", prompts=f"prompts={stories / 'b'}")
+        assert calls[-1].prompts[0][2] == expected
+
+
+def test_the_second_shot_has_its_prompt_and_its_place_in_time(trained, stories, tmp_path, calls):
+    """A cut that only the file name knows of: the shots, and the offset at a cut, must change the later chunks."""
+    make(trained, tmp_path / "offset", "rollout.shot_rope_offset=8.0", prompts=f"prompts={stories / 'b'}")
+    make(trained, tmp_path / "none", prompts=f"prompts={stories / 'b'}")
+    cut, without = (call.videos[0].int() for call in calls)
+    assert torch.equal(cut[:29], without[:29])
+    assert not torch.equal(cut[29:], without[29:])
+
+
+def test_stories_of_one_length_are_generated_together(trained, stories, tmp_path, calls):
+    """Known mistake 9: rows with cuts at different places, each as if alone."""
+    (stories / "a" / "shot_durations.txt").write_text("1 2")
+    settings = ("rollout.shot_rope_offset=8.0", "rollout.window=8", "rollout.shot_sink=true")
+    make(trained, tmp_path / "alone", "batch_size=1", *settings, prompts=f"prompts={stories}")
+    make(trained, tmp_path / "together", "batch_size=2", *settings, prompts=f"prompts={stories}")
+    assert [call.sample_ids for call in calls] == [[0], [1], [0, 1]]
+    assert calls[-1].shot_index.tolist() == [[0, 1, 1], [0, 0, 1]]
+    alone = torch.cat([call.videos for call in calls[:2]])
+    assert (calls[-1].videos.int() - alone.int()).abs().max() <= 1
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_a_story_that_does_not_fit_the_video_is_refused(trained, stories, tmp_path):
+    for num_frames, message in ((8, r"'b' last 2 \+ 1 = 3 chunks, but the video has 2"), (4, "'a' has 2 shots")):
+        with pytest.raises(ValueError, match=message):
+            make(trained, tmp_path / "videos", f"num_frames={num_frames}", prompts=f"prompts={stories}")
+    assert not (tmp_path / "videos").exists()
+
+
+def test_a_metric_of_stories_measures_them(trained, tmp_path):
+    settings = ("metric=toyworld_stories", "height=64", "width=64", "prompts.num_prompts=1", "prompts.num_chunks=4")
+    record = make(trained, tmp_path, *settings, prompts="prompt_set=toyworld_stories")
+    assert {"cut", "identity", "colour/shot_3", "false_cuts"} <= record["metrics"].keys()
 
 
 @pytest.mark.parametrize(

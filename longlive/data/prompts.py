@@ -120,6 +120,11 @@ def is_case(folder: Path) -> bool:
     return (folder / "0.json").is_file()
 
 
+def holds_cases(folder: Path) -> bool:
+    """Whether a folder is one of cases, or a case itself."""
+    return (folder / "caption").is_dir() or any(map(is_case, (folder, *folder.glob("*/"))))
+
+
 def read_prompt_folder(folder: str | Path) -> list[StoryPrompt]:
     """The stories of a prompt folder, sorted by name; of a folder that is a case itself, its one story.
 
