@@ -178,12 +178,9 @@ def amax_of(g: Float[Tensor, ""], rule: str) -> Float[Tensor, ""]:
     if not g.isfinite() or g < 0:
         raise ValueError(f"per_tensor_scale={g.item()} must be a finite number that is not negative")
     M, E = LIMITS[rule]
-    limit = torch.full((), M * E)
-    nearest = g * limit
-    for amax in (nearest, nearest.nextafter(torch.zeros(())), nearest.nextafter(torch.tensor(torch.inf))):
-        if amax / limit == g:
-            return amax
-    return nearest
+    # Where float32 is finer at amax than at g, relatively, every g comes back from the rounded product; where it is
+    # coarser, at most one amax has the quotient g, and it is the nearest to the product.
+    return g * torch.full((), M * E)
 
 
 def _quantised(packed: Tensor, scales: Tensor, amax: Tensor, rule: str) -> QuantisedTensor:
