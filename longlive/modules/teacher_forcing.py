@@ -177,6 +177,7 @@ class TeacherForcingModule(LongLiveModule):
             self.schedule,
             self.chunk_frames,
             is_given=target_frames < self.given_frames if self.given_frames else None,
+            history_is_given=history_frames < self.given_frames if self.given_frames else None,
             errors=errors,
         )
 

@@ -251,11 +251,10 @@ class ErrorRecycling:
                 f"{[step.chunk_frames, *latents.shape[2:]]}; keep the clips' size, or start a new run with "
                 "initialise_from"
             )
-        scales, rows, columns = (
-            torch.tensor(values).to(device, non_blocking=True)
-            for values in zip(*((choice.scale, choice.row, choice.column) for choice in choices), strict=True)
-        )
-        scaled = entries.to(device, non_blocking=True).float() * scales.float()[:, None, None, None, None]
+        # The dtype is named, because Lightning's true half precision changes torch's default during a step.
+        scales = torch.tensor([choice.scale for choice in choices], dtype=torch.float32).to(device)
+        rows, columns = torch.tensor([(choice.row, choice.column) for choice in choices]).T.to(device)
+        scaled = entries.to(device, non_blocking=True).float() * scales[:, None, None, None, None]
         errors = scaled.new_zeros(len(step.sample_ids), len(chunks), *scaled.shape[1:])
         errors[rows, columns] = scaled
         is_predicted = ~step.is_given(chunks).to(device)

@@ -68,7 +68,7 @@ class StepErrors:
         table = torch.full((most, 3), -1, dtype=torch.int64)
         rows = [(name.sample, name.chunk, name.bucket) for name in names]
         table[: len(rows)] = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
-        for rank, rows in enumerate(_of_all_ranks(table.to(device)).tolist()):
+        for rank, rows in enumerate(_of_all_ranks(table, device).tolist()):
             self._names.setdefault(rank, []).extend(ChunkName(*row) for row in rows if row[0] >= 0)
 
     def missing(self, wanted: AbstractSet[int], samples: Sequence[int]) -> list[ChunkName]:
@@ -119,12 +119,12 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _of_all_ranks(table: Int[Tensor, "rows 3"]) -> Int[Tensor, "ranks rows 3"]:
-    """On the CPU."""
+def _of_all_ranks(table: Int[Tensor, "rows 3"], device: torch.device) -> Int[Tensor, "ranks rows 3"]:
+    """On the CPU; they travel by the device."""
     if not (dist.is_available() and dist.is_initialized()):
-        return table[None].cpu()
-    tables = table.new_empty(dist.get_world_size(), *table.shape)
-    dist.all_gather(list(tables.unbind()), table)
+        return table[None]
+    tables = table.new_empty(dist.get_world_size(), *table.shape, device=device)
+    dist.all_gather(list(tables.unbind()), table.to(device))
     return tables.cpu()
 
 

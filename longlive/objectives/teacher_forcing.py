@@ -142,6 +142,7 @@ def make_inputs(
     schedule: FlowSchedule,
     chunk_frames: int,
     is_given: Bool[Tensor, " f"] | None = None,
+    history_is_given: Bool[Tensor, " h_frames"] | None = None,
     errors: InjectedErrors | None = None,
 ) -> TeacherForcingInputs:
     """History and noisy targets in one sequence, on the device of the latents.
@@ -152,6 +153,7 @@ def make_inputs(
         schedule: noise levels.
         chunk_frames: frames per chunk.
         is_given: target frames that stay clean, at timestep 0, because a rollout is given them too.
+        history_is_given: frames of the history to which no noise is added, for the same reason.
         errors: of earlier predictions, to be added; None: nothing is.
 
     Raises:
@@ -178,7 +180,10 @@ def make_inputs(
         start = start if errors.latents is None else start + errors.latents
         noise = noise if errors.noise is None else noise + errors.noise
     if draws.history_noise is not None and draws.history_sigma is not None:
-        history = add_noise(history, draws.history_noise.to(history), per_frame(draws.history_sigma))
+        share = per_frame(draws.history_sigma)
+        if history_is_given is not None:
+            share = share * ~history_is_given.to(share.device)
+        history = add_noise(history, draws.history_noise.to(history), share)
     return TeacherForcingInputs(
         latents=torch.cat([history, add_noise(start, noise, sigma)], dim=1),
         timesteps=torch.cat([timesteps.new_zeros(history.shape[:2]), timesteps], dim=1),

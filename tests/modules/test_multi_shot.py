@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from longlive.data.batch import VideoBatch
+from longlive.models.visibility import Role
 from longlive.modules.multi_shot import MultiShotModule, chunk_of_shot
 from longlive.modules.teacher_forcing import TeacherForcingModule
 from longlive.objectives.error_recycling import ErrorRecycling
@@ -130,6 +131,20 @@ def test_injected_errors_change_the_loss_of_what_sees_them(
     difference = (found - plain).abs()
     assert difference[:, :2].max() < 1e-6
     assert difference[:, 2:].min() > 1e-4
+
+
+def test_given_frames_are_clean_in_both_copies(
+    make_module: Callable[..., TeacherForcingModule], batch: VideoBatch
+) -> None:
+    """A rollout is given them without noise, so noise on the history's copy would be one that it never sees."""
+    module = make_module(given_frames=3, noise_augmentation=0.4)
+    clean = module.encode(batch)
+    history, targets = module.make_inputs(clean, batch, 0).latents.split(
+        (len(module.chunks(batch, Role.CLEAN)) * 2, 6), 1
+    )
+    same = [(copy == clean[:, : copy.shape[1]]).flatten(2).all(2) for copy in (history, targets)]
+    assert all(frames[:, :3].all() for frames in same)
+    assert not any(frames[:, 3:].any() for frames in same)
 
 
 def test_validation_injects_and_records_nothing(

@@ -44,7 +44,7 @@ def draws_of(step: Step) -> Draws:
 
 def inputs_of(step: Step, clean: Tensor, errors: InjectedErrors | None = None) -> TeacherForcingInputs:
     is_given = step.is_given(CHUNKS) if step.given_frames else None
-    return make_inputs(clean, clean, draws_of(step), SCHEDULE, CHUNK, is_given, errors)
+    return make_inputs(clean, clean, draws_of(step), SCHEDULE, CHUNK, is_given, errors=errors)
 
 
 def fill(recycler: ErrorRecycling, per_bucket: int = 1) -> None:
