@@ -17,6 +17,10 @@ negative prompt.
 
 **Noise** is a function of (seed, sample id, chunk), in training also of the optimizer step and of what the rollout is
 for: a sample's video depends neither on the batch it is generated in, nor on how long the rollout goes on.
+
+**Given frames** (image to video: one) are the first frames of the video, clean latents that are not generated. In their
+chunk they stay what they are, at timestep 0, while the frames beside them are denoised, as in training
+(`TeacherForcingModule.given_frames`); a chunk of given frames alone only gets its context pass.
 """
 
 import time
@@ -36,6 +40,9 @@ from longlive.typing import Float, Int, Latents, PerFrame, PromptEmbeds, Tensor
 
 NegativeEmbeds = Float[Tensor, "1 negative_s d"]
 """The prompt of the unconditional branch, with as many text tokens as the other prompts."""
+
+GivenFrames = Float[Tensor, "b given c h w"]
+"""Clean latents that a video starts with."""
 
 
 @dataclass
@@ -125,6 +132,7 @@ class RolloutEngine:
         sample_ids: Sequence[int],
         negative_embeds: NegativeEmbeds | None = None,
         on_chunk: Callable[[ChunkReport], None] | None = None,
+        given: GivenFrames | None = None,
     ) -> Generated:
         """The chunks of `rollout` in one tensor, with the time each took. Arguments and errors as there."""
         seconds: list[float] = []
@@ -135,7 +143,7 @@ class RolloutEngine:
                 on_chunk(report)
 
         chunks = self.rollout(
-            prompt_embeds, prompt_index, shot_index, latent_shape, seed, sample_ids, negative_embeds, record
+            prompt_embeds, prompt_index, shot_index, latent_shape, seed, sample_ids, negative_embeds, record, given
         )
         return Generated(torch.cat(list(chunks), dim=1), tuple(seconds))
 
@@ -149,6 +157,7 @@ class RolloutEngine:
         sample_ids: Sequence[int],
         negative_embeds: NegativeEmbeds | None = None,
         on_chunk: Callable[[ChunkReport], None] | None = None,
+        given: GivenFrames | None = None,
     ) -> Iterator[Latents]:
         """Generate `p` chunks, one after the other; with a window, memory does not grow with their number.
 
@@ -161,6 +170,7 @@ class RolloutEngine:
             sample_ids: one per sample.
             negative_embeds: `[1 s d]`, the prompt of the unconditional branch; only with guidance.
             on_chunk: called after every chunk.
+            given: the first frames of every video; None: all are generated.
 
         Returns:
             An iterator of finished chunks `[b chunk_frames c h w]`, float32.
@@ -170,6 +180,7 @@ class RolloutEngine:
         """
         self._check(prompt_embeds, prompt_index, shot_index, sample_ids, negative_embeds)
         num_chunks = prompt_index.shape[1]
+        self._check_given(given, (len(sample_ids), num_chunks * self.settings.chunk_frames, *latent_shape))
         state = self.start(latent_shape, seed, sample_ids, num_chunks)
         prompt_index = prompt_index.to(self.device)
 
@@ -180,7 +191,7 @@ class RolloutEngine:
                     state, prompt_embeds, prompt_index[:, chunk], shot_index[:, chunk].tolist(), negative_embeds
                 )
                 # Nobody looks back at the last chunk, so it needs no context pass.
-                latents = self._finish(state, condition, write=chunk + 1 < num_chunks)
+                latents = self._finish(state, condition, self._given_of(chunk, given), write=chunk + 1 < num_chunks)
                 if on_chunk is not None:
                     on_chunk(ChunkReport(chunk, num_chunks, self._now() - start))
                 yield latents
@@ -316,14 +327,25 @@ class RolloutEngine:
         )
         return velocity.float()
 
+    def _given_of(self, chunk: int, given: GivenFrames | None) -> Latents | None:
+        """The given frames of one chunk."""
+        first = chunk * self.settings.chunk_frames
+        if given is None or given.shape[1] <= first:
+            return None
+        return given[:, first : first + self.settings.chunk_frames].to(self.device, torch.float32)
+
     @torch.no_grad()
-    def _finish(self, state: RolloutState, condition: ChunkCondition, write: bool) -> Latents:
+    def _finish(
+        self, state: RolloutState, condition: ChunkCondition, given: GivenFrames | None = None, *, write: bool
+    ) -> Latents:
         """From noise to a finished chunk. A method, because `no_grad` inside a generator would reach its consumer."""
-        x = self.noise(state)
+        x = hold(self.noise(state), given)
+        num_given = 0 if given is None else given.shape[1]
         solver = make_solver(self.settings.solver, self.settings.num_steps, self.schedule)
-        for timestep, _ in solver:
+        for timestep, _ in solver if num_given < x.shape[1] else ():
             timesteps = torch.full(x.shape[:2], timestep, device=x.device)
-            x = solver.step(self.velocity(condition, x, timesteps), x)
+            timesteps[:, :num_given] = 0
+            x = hold(solver.step(self.velocity(condition, x, timesteps), x), given)
         if write:
             self.write(state, condition, x)
         return x
@@ -371,3 +393,18 @@ class RolloutEngine:
                 f"negative_embeds {tuple(negative_embeds.shape)} must be {(1, *prompt_embeds.shape[1:])}: one prompt, "
                 "with as many text tokens and features as the others"
             )
+
+    def _check_given(self, given: GivenFrames | None, video_shape: tuple[int, ...]) -> None:
+        batch, num_frames, *frame_shape = video_shape
+        if given is None:
+            return
+        if given.shape[0] != batch or list(given.shape[2:]) != frame_shape or not 1 <= given.shape[1] <= num_frames:
+            raise ValueError(
+                f"given {tuple(given.shape)} are no first frames of videos {video_shape}; give every sample as many, "
+                f"at least 1 and at most {num_frames}, of the same size"
+            )
+
+
+def hold(x: Latents, given: GivenFrames | None) -> Latents:
+    """A chunk's latents with the given frames in the place of its first ones."""
+    return x if given is None else torch.cat([given, x[:, given.shape[1] :]], dim=1)

@@ -13,15 +13,26 @@ from dataclasses import asdict, dataclass
 import torch
 
 from longlive.codecs.base import VideoCodec
-from longlive.rollout.engine import ChunkReport, RolloutEngine
+from longlive.rollout.engine import ChunkReport, GivenFrames, RolloutEngine
 from longlive.text.base import TextEncoder
 from longlive.text.cache import unique_prompts
-from longlive.typing import Int, RawFrames, Tensor, Video
+from longlive.typing import Float, Int, RawFrames, Tensor, Video
+
+FirstRawFrames = Float[Tensor, "b first_t 3 H W"]
+"""What videos begin with, RGB in [-1, 1]."""
 
 
 def to_uint8(video: Video) -> RawFrames:
     """[-1, 1] to 0..255, rounded."""
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def encode_given(codec: VideoCodec, raw_frames: Video, device: torch.device) -> GivenFrames:
+    """The latents of the first raw frames, float32. Each sample by itself, so that no batch rounds them otherwise."""
+    # Latents are data: the precision of the network's products is not theirs.
+    with torch.autocast(device.type, enabled=False):
+        return torch.cat([codec.encode(one[None].to(device)).float() for one in raw_frames])
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ def generate_videos(
     shot_index: Int[Tensor, "b chunk"] | None = None,
     negative_prompt: str = "",
     on_chunk: Callable[[ChunkReport], None] | None = None,
+    first_raw_frames: FirstRawFrames | None = None,
 ) -> tuple[RawFrames, Timings]:
     """Generate one video per row of prompts.
 
@@ -68,12 +80,14 @@ def generate_videos(
         shot_index: shot of every chunk; None: one shot.
         negative_prompt: of the unconditional branch, used with guidance only.
         on_chunk: progress.
+        first_raw_frames: what every video begins with, in [-1, 1]; one is image to video. None: the network makes all.
 
     Returns:
         uint8 raw frames `[b t 3 H W]` on the CPU, and how long it took.
 
     Raises:
-        ValueError: if there is no prompt, or the rows differ in length.
+        ValueError: if there is no prompt, the rows differ in length, or the first raw frames are none that the codec
+            takes or of another size than the videos.
     """
     if not prompts or not prompts[0]:
         raise ValueError("no prompt: give at least one")
@@ -82,6 +96,7 @@ def generate_videos(
     negative = text_encoder.encode([negative_prompt]).to(engine.device) if engine.settings.guided else None
     if shot_index is None:
         shot_index = torch.zeros_like(prompt_index)
+    given = None if first_raw_frames is None else encode_given(codec, first_raw_frames, engine.device)
     decoder = codec.stream_decoder()
     loop = 0.0
 
@@ -93,7 +108,15 @@ def generate_videos(
 
     start = time.perf_counter()
     chunks = engine.rollout(
-        embeds, prompt_index, shot_index, (codec.latent_channels, *latent_size), seed, sample_ids, negative, record
+        embeds,
+        prompt_index,
+        shot_index,
+        (codec.latent_channels, *latent_size),
+        seed,
+        sample_ids,
+        negative,
+        record,
+        given,
     )
     video = torch.cat([to_uint8(decoder.push(chunk)).cpu() for chunk in chunks], dim=1)
     return video, Timings(loop, time.perf_counter() - start, video.shape[0] * video.shape[1])
