@@ -64,6 +64,8 @@ class LossBreakdown(Callback):
             if name in outputs:
                 parts = torch.cat([parts, sums_by(outputs[name].clamp(max=PLACES - 1), PLACES, errors, scored)], dim=1)
                 names += [f"{name}_{place + 1}" for place in range(PLACES)]
+        # Sums of a few float32 are exact in float64: a run that is resumed adds them up in another order.
+        parts = parts.double()
         self._sums = parts if self._sums is None else self._sums.to(parts) + parts
         if trainer.global_step % self.every_n_steps or trainer.fit_loop._should_accumulate():
             return
