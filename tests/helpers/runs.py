@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.data import DataLoader, IterableDataset
@@ -62,9 +63,14 @@ def overrides(directory: Path, shards: Path, *more: str) -> list[str]:
     return [*TINY, f"directory={directory}", f"data.train={shards}", *more]
 
 
+def config_of(directory: Path, shards: Path, *more: str) -> DictConfig:
+    """The tiny run's; composed once for all ranks of a run, for it takes as long as two of its steps."""
+    return compose("train", overrides(directory, shards, *more))
+
+
 def run(directory: Path, shards: Path, *more: str) -> Trainer:
     """The tiny run in this process."""
-    return train(compose("train", overrides(directory, shards, *more)))
+    return train(config_of(directory, shards, *more))
 
 
 def checkpoint(directory: Path, step: int) -> dict[str, Any]:

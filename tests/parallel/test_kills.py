@@ -7,29 +7,28 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+import longlive.train
 from helpers.distributed import RankError, run_on_ranks
 from helpers.interrupted import CountCalls, Kill, override
-from helpers.runs import assert_same, curves, run, write_toyworld
+from helpers.runs import assert_same, config_of, curves, write_toyworld
 from longlive.parallel.checkpoint import load_checkpoint, newest_checkpoint
 
 STEPS, INTERVAL, RANKS = 6, 2, 2
 NUM_KILLS = 20
-KILLS_IN_A_ROW = 5
+KILLS_IN_A_ROW = 7
 SETTINGS = (
     "strategy=balanced_sp",
     f"trainer.devices={RANKS}",
     f"trainer.max_steps={STEPS}",
     "trainer.log_every_n_steps=3",
-    "data.global_batch_size=4",
     f"callbacks.checkpoint.every_n_train_steps={INTERVAL}",
 )
-"""Checkpoints fall inside log intervals, and two batches make a step."""
+"""Checkpoints fall inside log intervals."""
 
 Calls = dict[tuple[str, int], int]
 
@@ -37,8 +36,10 @@ Calls = dict[tuple[str, int], int]
 def train(directory: Path, shards: Path, *more: str) -> list[Calls]:
     """The run on all ranks; what `CountCalls` counted on each, if it is among its callbacks."""
 
+    config = config_of(directory, shards, *SETTINGS, *more)
+
     def each() -> Calls:
-        trainer = run(directory, shards, *SETTINGS, *more)
+        trainer = longlive.train.train(config)
         counts = [callback.calls for callback in trainer.callbacks if isinstance(callback, CountCalls)]
         return counts[0] if counts else {}
 
@@ -64,14 +65,15 @@ def whole(shards, tmp_path_factory) -> Whole:
     return Whole(directory, train(directory, shards, override("count", CountCalls, steps=INTERVAL)))
 
 
-def moments(whole: Whole, seed: int) -> Iterator[tuple[int, str, int, int]]:
-    """Rank, kind of moment, step after the one that the run continues from, calls after that."""
-    draw = random.Random(seed)
-    for number in range(NUM_KILLS):
-        rank = draw.randrange(RANKS)
-        kind = "setup" if number % 10 == 9 else ("step", "save", "step", "written")[number % 4]
-        steps = {"setup": 0, "step": draw.randrange(INTERVAL)}.get(kind, INTERVAL)
-        yield rank, kind, steps, 1 + draw.randrange(whole.calls[rank][kind, steps])
+def moment(whole: Whole, draw: random.Random, number: int, begins_at: int) -> tuple[int, str, int, int]:
+    """Rank, kind of moment, step of the run, calls after that. Some steps come after a save of the same start."""
+    rank = draw.randrange(RANKS)
+    kind = "setup" if number % 10 == 9 else ("step", "save", "step", "written")[number % 4]
+    if kind == "setup":
+        return rank, kind, 0, 1 + draw.randrange(whole.calls[rank][kind, 0])
+    after = draw.randrange(min(2 * INTERVAL, STEPS - begins_at)) if kind == "step" else INTERVAL
+    counted = after % INTERVAL if kind == "step" else INTERVAL
+    return rank, kind, begins_at + after, 1 + draw.randrange(whole.calls[rank][kind, counted])
 
 
 def curve_values(directory: Path) -> dict[str, dict[int, float]]:
@@ -97,32 +99,29 @@ def test_a_run_that_is_killed_at_twenty_random_moments_ends_as_if_it_had_not_bee
     """Torn checkpoints, samples drawn twice, logs that were not on the disk, leftovers that the next save stumbles
     over: each needs its own moment to show. On the same ranks, all is equal bit for bit."""
     outcomes: Counter[str] = Counter()
-    directory = tmp_path / "run-0"
-    for number, (rank, kind, steps, calls) in enumerate(moments(whole, seed=0)):
+    directory, draw, in_a_row = tmp_path / "run-0", random.Random(0), 0
+    for number in range(NUM_KILLS):
         begins_at = reached(directory)
-        if number and (number % KILLS_IN_A_ROW == 0 or begins_at == STEPS):
+        if in_a_row == KILLS_IN_A_ROW or begins_at == STEPS:
             finish(directory, shards, whole, begins_at)
-            directory, begins_at = tmp_path / f"run-{number}", 0
+            directory, begins_at, in_a_row = tmp_path / f"run-{number}", 0, 0
+        in_a_row += 1
+        rank, kind, step, calls = moment(whole, draw, number, begins_at)
         notes = tmp_path / f"notes-{number}"
         notes.mkdir()
-        kill = override(
-            "kill",
-            Kill,
-            rank=rank,
-            kind=kind,
-            step=begins_at + steps if kind != "setup" else 0,
-            calls=calls,
-            directory=notes,
-        )
+        kill = override("kill", Kill, rank=rank, kind=kind, step=step, calls=calls, directory=notes)
         with pytest.raises(RankError):
             train(directory, shards, kill)
-        assert (notes / "killed").exists(), (rank, kind, steps, calls)
+        assert (notes / "killed").exists(), (rank, kind, step, calls)
         if kind != "setup":
             assert {(notes / f"began-{rank}").read_text() for rank in range(RANKS)} == {str(begins_at)}
-        outcomes["during a save" if (notes / "killed").read_text() else "else"] += 1
+        outcomes["kills"] += 1
+        outcomes["during a save"] += bool((notes / "killed").read_text())
+        outcomes["after a checkpoint"] += begins_at > 0
     finish(directory, shards, whole, reached(directory))
-    assert sum(outcomes.values()) == NUM_KILLS
+    assert outcomes["kills"] == NUM_KILLS
     assert outcomes["during a save"] >= 4, outcomes
+    assert outcomes["after a checkpoint"] >= 4, outcomes
 
 
 def finish(directory: Path, shards: Path, whole: Whole, begins_at: int) -> None:
