@@ -8,10 +8,12 @@ started again keeps the finished ones.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +21,21 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import Precision
 from omegaconf import DictConfig
-from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from longlive import __version__
 from longlive.callbacks.sample_video import slug
-from longlive.codecs.base import num_raw_frames
+from longlive.codecs.base import VideoCodec, num_raw_frames
 from longlive.config import instantiate, to_plain
 from longlive.data.atomic import write_aside
+from longlive.data.contact_sheet import write_contact_sheet
 from longlive.data.prompts import StoryPrompt
 from longlive.data.requests import VideoRequest, read_requests
 from longlive.data.video import open_video
 from longlive.data.video_writer import write_mp4
-from longlive.modules.base import to_unit_range
+from longlive.modules.base import codec_device, to_unit_range
 from longlive.precision.auto import autocast_context
 from longlive.precision.nvfp4.linear import NVFP4Linear
 from longlive.precision.nvfp4.plugin import NVFP4Precision
@@ -41,14 +43,12 @@ from longlive.precision.nvfp4.recipe import NVFP4Recipe
 from longlive.precision.plugin import LinearPrecision
 from longlive.rollout.engine import ChunkReport
 from longlive.rollout.settings import RolloutSettings
-from longlive.rollout.video import Timings, generate_videos
+from longlive.rollout.video import Timings, encode_given, generate_videos, to_uint8
 from longlive.trained import Trained, load_trained
 from longlive.typing import Tensor, UInt8
 
 log = logging.getLogger(__name__)
 
-SHEET_COLUMNS = 8
-"""Raw frames of one video in the contact sheet, evenly spread, first and last included."""
 RECORD = "generation.json"
 
 
@@ -80,6 +80,10 @@ def generate(config: DictConfig) -> dict[str, Any]:
         module.codec.check_video(torch.empty(0, num_raw_frames(frames, ratio), 3, height, width))
     latent_size = (height // module.codec.spatial_ratio, width // module.codec.spatial_ratio)
     module.model_config.patches(*latent_size)
+    first_frames = {
+        index: request.first_frame(height, width) for index, request in enumerate(requests) if request.image is not None
+    }
+    warn_of_given_frames(trained, bool(first_frames))
     settings.check_network(module.model_config)
     for name in ("batch_size", "sheet_rows"):
         if config[name] < 1:
@@ -114,6 +118,10 @@ def generate(config: DictConfig) -> dict[str, Any]:
     }
     if any(len(story.captions) > 1 for story in stories):
         record["settings"]["scene_cut_phrase"] = scene_cut_phrase
+    if first_frames:
+        record["settings"]["first_frames"] = [
+            digest(first_frames[index]) if index in first_frames else None for index in range(len(requests))
+        ]
     record |= _check_directory(directory, record)
     names = [slug(request.name or request.story.name) for request in requests]
     files = [directory / f"{index:03d}-{name}.mp4" for index, name in enumerate(names)]
@@ -124,7 +132,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
         precision.freeze(module)
     engine = module.rollout_engine(settings)
     record["kv_cache_bytes"] = engine.cache_bytes(latent_size, min(config.batch_size, len(files)), max(lengths))
-    batches = batches_of(waiting, lengths, config.batch_size)
+    batches = batches_of(waiting, [(lengths[i], i in first_frames) for i in range(len(files))], config.batch_size)
     timings: list[Timings] = []
     with progress_bar() as progress, autocast_context(precision, module.device):
         task = progress.add_task("generating", total=sum(lengths[batch[0]] for batch in batches))
@@ -134,6 +142,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
 
         for batch in batches:
             prompts, shot_index = zip(*(chunks[index] for index in batch), strict=True)
+            images = [first_frames[index] for index in batch if index in first_frames]
             videos, batch_timings = generate_videos(
                 engine,
                 module.codec,
@@ -145,6 +154,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
                 shot_index=torch.tensor(shot_index),
                 negative_prompt=config.negative_prompt,
                 on_chunk=advance,
+                first_raw_frames=to_unit_range(torch.stack(images)) if images else None,
             )
             timings.append(batch_timings)
             for index, video in zip(batch, videos, strict=True):
@@ -166,6 +176,8 @@ def generate(config: DictConfig) -> dict[str, Any]:
         metrics = measure(metric, files, asked)
         print_metrics(metrics)
         record["metrics"] = metrics
+    if first_frames:
+        record["first_frame"] = compare_first_frames(module.codec, files, first_frames)
     _write_json(directory / RECORD, record)
     sizes = " or ".join(str(num_raw_frames(frames, ratio)) for frames in num_frames)
     print(f"{len(files)} videos of {sizes} raw frames in {directory}")
@@ -174,7 +186,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
 
 
 def requests_of(config: DictConfig) -> list[VideoRequest]:
-    """The videos that the settings `prompts` ask for; those may be an object that makes them.
+    """The videos that the settings `prompts` and `image` ask for; prompts may be an object that makes them.
 
     Raises:
         ValueError: as `read_requests`.
@@ -184,7 +196,7 @@ def requests_of(config: DictConfig) -> list[VideoRequest]:
         prompts = instantiate(prompts)
     elif not isinstance(prompts, str):
         prompts = [str(prompt) for prompt in prompts or ()]
-    return read_requests(prompts)
+    return read_requests(prompts, config.image)
 
 
 def story_of(
@@ -207,12 +219,46 @@ def story_of(
     return story.over(settings.num_chunks(num_frames or usual_frames))
 
 
-def batches_of(waiting: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Videos that are generated together: of one length, in their order."""
-    groups: dict[int, list[int]] = {}
+def batches_of(waiting: Sequence[int], kinds: Sequence[Hashable], batch_size: int) -> list[list[int]]:
+    """Videos that are generated together: of one kind (their length, whether they begin with an image), in order."""
+    groups: dict[Hashable, list[int]] = {}
     for index in waiting:
-        groups.setdefault(lengths[index], []).append(index)
+        groups.setdefault(kinds[index], []).append(index)
     return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+
+
+def warn_of_given_frames(trained: Trained, has_images: bool) -> None:
+    """Say once if a network is given its first frames and was not trained with them, or the other way round."""
+    given_frames = trained.config["module"].get("given_frames")
+    if has_images and given_frames == 0:
+        log.warning("%s was trained without given frames (module.given_frames=0): images are new to it", trained.path)
+    if not has_images and given_frames:
+        log.warning("%s was trained to be given its first frame; without image=... it has to make one", trained.path)
+
+
+def compare_first_frames(
+    codec: VideoCodec, files: Sequence[Path], first_frames: Mapping[int, UInt8[Tensor, "1 3 H W"]]
+) -> dict[str, float]:
+    """How near the videos' first frames, as written, are to the images, and how near the codec alone comes to them:
+    mean PSNR in dB."""
+    ours, codecs = [], []
+    for index, image in first_frames.items():
+        with open_video(files[index]) as reader:
+            ours.append(psnr(reader.read([0]), image))
+        latents = encode_given(codec, to_unit_range(image[None]), codec_device(codec))
+        codecs.append(psnr(to_uint8(codec.decode(latents))[0].cpu(), image))
+    return {"psnr": round(sum(ours) / len(ours), 3), "codec_psnr": round(sum(codecs) / len(codecs), 3)}
+
+
+def psnr(pixels: UInt8[Tensor, "1 3 H W"], other: UInt8[Tensor, "1 3 H W"]) -> float:
+    """Peak signal-to-noise ratio in dB; 99 for equal pictures."""
+    error = float((pixels.double() - other.double()).square().mean())
+    return min(99.0, 10 * math.log10(255**2 / error)) if error else 99.0
+
+
+def digest(pixels: UInt8[Tensor, "1 3 H W"]) -> str:
+    """Names the content of an image in the record."""
+    return hashlib.blake2b(pixels.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def precision_of(trained: Trained, config: DictConfig) -> tuple[Precision | str, Any]:
@@ -276,30 +322,6 @@ def progress_bar() -> Progress:
     )
 
 
-def write_contact_sheet(path: Path, files: Sequence[Path], prompts: Sequence[str]) -> None:
-    """A PNG with a row per video: raw frames evenly spread over it, its prompt above."""
-    rows = []
-    for file in files:
-        with open_video(file) as reader:
-            places = (
-                torch.linspace(0, reader.num_raw_frames - 1, min(SHEET_COLUMNS, reader.num_raw_frames)).round().long()
-            )
-            rows.append(reader.read(places.tolist()))
-    scale = max(1, 96 // rows[0].shape[-1])
-    height, width = rows[0].shape[-2] * scale, rows[0].shape[-1] * scale
-    caption, gap = 16, 4
-    sheet = Image.new("RGB", (len(rows[0]) * (width + gap), len(rows) * (height + caption + gap)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (frames, prompt) in enumerate(zip(rows, prompts, strict=False)):
-        top = row * (height + caption + gap)
-        pen.text((2, top + 2), prompt, fill="black")
-        for column, frame in enumerate(_images(frames)):
-            image = frame.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(image, (column * (width + gap), top + caption))
-    with write_aside(path) as temporary:
-        sheet.save(temporary, format="PNG")
-
-
 def measure(metric: Any, files: Sequence[Path], prompts: Sequence[str | StoryPrompt]) -> dict[str, float]:
     """A video metric on the files as written."""
     for file, prompt in zip(files, prompts, strict=True):
@@ -322,10 +344,6 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
 def _read_whole(file: Path) -> UInt8[Tensor, "t 3 H W"]:
     with open_video(file) as reader:
         return reader.read(range(reader.num_raw_frames))
-
-
-def _images(frames: UInt8[Tensor, "t 3 H W"]) -> Iterator[Image.Image]:
-    return (Image.fromarray(frame) for frame in frames.permute(0, 2, 3, 1).numpy())
 
 
 def _check_directory(directory: Path, record: dict[str, Any]) -> dict[str, Any]:

@@ -12,33 +12,23 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers.runs import assert_same, checkpoint, run, write_toyworld
+from helpers.generating import PROMPTS, make, note_calls, read, train_visibly
+from helpers.runs import assert_same, checkpoint
 from longlive import generate as generation
 from longlive.callbacks.ema import averaged_weights
 from longlive.config import compose, instantiate
 from longlive.data.toyworld import random_prompts
 from longlive.data.video import open_video
-from longlive.generate import generate, requests_of
+from longlive.generate import requests_of
 from longlive.trained import load_module
 
-PROMPTS = ("a red circle moves slowly right over a dark ground", "a blue square", "a cyan cross")
 FILES = ["000-a-red-circle-moves-slowly-right-over-a-dark-ground.mp4", "001-a-blue-square.mp4", "002-a-cyan-cross.mp4"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run of 12 steps with a visible learning rate: at its start the network answers zero to everything."""
-    directory = tmp_path_factory.mktemp("trained")
-    shards = write_toyworld(tmp_path_factory.mktemp("shards"))
-    run(directory, shards, "optimizer.lr=0.02")
-    return directory
-
-
-def make(trained: Path, directory: Path, *more: str, prompts: str | None = None) -> dict[str, Any]:
-    """`longlive generate` in this process: two solver steps, three videos."""
-    given = f"prompts=[{','.join(PROMPTS)}]" if prompts is None else prompts
-    settings = [f"checkpoint={trained}", f"directory={directory}", given, "precision=32-true", "rollout.num_steps=2"]
-    return generate(compose("generate", [*settings, *more]))
+    return train_visibly(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +38,6 @@ def made(trained, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     return directory, make(trained, directory, "batch_size=1")
 
 
-def read(file: Path) -> torch.Tensor:
-    with open_video(file) as reader:
-        return reader.read(range(reader.num_raw_frames))
-
-
 def contents(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(directory.glob("*.mp4"))}
 
@@ -60,16 +45,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.fixture
 def calls(monkeypatch) -> list[SimpleNamespace]:
     """Engine, prompts, shots, sample ids and videos of every call of `generate_videos`."""
-    calls: list[SimpleNamespace] = []
-    real = generation.generate_videos
-
-    def noted(engine: Any, codec: Any, text_encoder: Any, prompts: Any, *arguments: Any, **settings: Any) -> Any:
-        videos, timings = real(engine, codec, text_encoder, prompts, *arguments, **settings)
-        calls.append(SimpleNamespace(engine=engine, prompts=prompts, videos=videos, **settings))
-        return videos, timings
-
-    monkeypatch.setattr(generation, "generate_videos", noted)
-    return calls
+    return note_calls(monkeypatch)
 
 
 def test_a_video_per_prompt_a_sheet_and_a_record_are_written(made):
@@ -286,86 +262,6 @@ def test_the_same_prompt_twice_makes_two_videos(trained, tmp_path):
     make(trained, tmp_path, "num_frames=4", prompts="prompts=[a red circle,a red circle]")
     first, second = (read(tmp_path / f"00{index}-a-red-circle.mp4") for index in (0, 1))
     assert not torch.equal(first, second)
-
-
-STORY = {"name": "b", "captions": ["a red circle", "a blue square"], "durations": [2, 1]}
-PHRASE = "The scene transitions. "
-
-
-@pytest.fixture
-def stories(tmp_path) -> Path:
-    """Two cases in the public layout: one of three chunks, one that says nothing about its length."""
-    folder = tmp_path / "stories"
-    for case, captions in (("a", ("a cyan cross", "a green circle")), ("b", STORY["captions"])):
-        (folder / case).mkdir(parents=True)
-        for number, caption in enumerate(captions):
-            (folder / case / f"{number}.json").write_text(json.dumps({"caption": caption}))
-    (folder / "b" / "shot_durations.txt").write_text("2 1")
-    return folder
-
-
-def test_stories_are_rolled_out_shot_by_shot(trained, stories, tmp_path, calls):
-    """Videos of several lengths, each with the prompts and shots of its chunks, the phrase at the cut."""
-    record = make(trained, tmp_path / "videos", "rollout.shot_rope_offset=8.0", prompts=f"prompts={stories}")
-    first, second = calls
-    assert (first.sample_ids, second.sample_ids) == ([0], [1])
-    assert first.prompts == (("a cyan cross", f"{PHRASE}a green circle"),)
-    assert first.shot_index.tolist() == [[0, 1]]
-    assert second.prompts == (("a red circle", "a red circle", f"{PHRASE}a blue square"),)
-    assert second.shot_index.tolist() == [[0, 0, 1]]
-    assert read(tmp_path / "videos" / "000-a.mp4").shape[0] == 29, "as long as in training"
-    assert read(tmp_path / "videos" / "001-b.mp4").shape[0] == 45, "as long as its shots say"
-    settings = record["settings"]
-    assert (settings["num_frames"], settings["scene_cut_phrase"]) == ([8, 12], PHRASE)
-    assert json.loads((tmp_path / "videos" / "generation.json").read_text())["settings"]["prompts"][1] == STORY
-    assert record["timings"]["raw_frames"] == 29 + 45
-
-
-def test_the_phrase_at_a_cut_is_the_one_of_training(trained, stories, tmp_path, calls):
-    """Known mistake 12. A checkpoint from before there was a phrase was trained without one."""
-    saved = checkpoint(trained, 12)
-    for phrase, expected in (("Cut to: ", "Cut to: a blue square"), (None, "a blue square")):
-        saved["config"]["data"].pop("scene_cut_phrase", None)
-        if phrase is not None:
-            saved["config"]["data"]["scene_cut_phrase"] = phrase
-        torch.save(saved, tmp_path / "model.ckpt")
-        make(tmp_path / "model.ckpt", tmp_path / f"with-{phrase is None}", prompts=f"prompts={stories / 'b'}")
-        assert calls[-1].prompts[0][2] == expected
-
-
-def test_the_second_shot_has_its_prompt_and_its_place_in_time(trained, stories, tmp_path, calls):
-    """A cut that only the file name knows of: the shots, and the offset at a cut, must change the later chunks."""
-    make(trained, tmp_path / "offset", "rollout.shot_rope_offset=8.0", prompts=f"prompts={stories / 'b'}")
-    make(trained, tmp_path / "none", prompts=f"prompts={stories / 'b'}")
-    cut, without = (call.videos[0].int() for call in calls)
-    assert torch.equal(cut[:29], without[:29])
-    assert not torch.equal(cut[29:], without[29:])
-
-
-def test_stories_of_one_length_are_generated_together(trained, stories, tmp_path, calls):
-    """Known mistake 9: rows with cuts at different places, each as if alone."""
-    (stories / "a" / "shot_durations.txt").write_text("1 2")
-    settings = ("rollout.shot_rope_offset=8.0", "rollout.window=8", "rollout.shot_sink=true")
-    make(trained, tmp_path / "alone", "batch_size=1", *settings, prompts=f"prompts={stories}")
-    make(trained, tmp_path / "together", "batch_size=2", *settings, prompts=f"prompts={stories}")
-    assert [call.sample_ids for call in calls] == [[0], [1], [0, 1]]
-    assert calls[-1].shot_index.tolist() == [[0, 1, 1], [0, 0, 1]]
-    alone = torch.cat([call.videos for call in calls[:2]])
-    assert (calls[-1].videos.int() - alone.int()).abs().max() <= 1
-    assert not torch.equal(alone[0], alone[1])
-
-
-def test_a_story_that_does_not_fit_the_video_is_refused(trained, stories, tmp_path):
-    for num_frames, message in ((8, r"'b' last 2 \+ 1 = 3 chunks, but the video has 2"), (4, "'a' has 2 shots")):
-        with pytest.raises(ValueError, match=message):
-            make(trained, tmp_path / "videos", f"num_frames={num_frames}", prompts=f"prompts={stories}")
-    assert not (tmp_path / "videos").exists()
-
-
-def test_a_metric_of_stories_measures_them(trained, tmp_path):
-    settings = ("metric=toyworld_stories", "height=64", "width=64", "prompts.num_prompts=1", "prompts.num_chunks=4")
-    record = make(trained, tmp_path, *settings, prompts="prompt_set=toyworld_stories")
-    assert {"cut", "identity", "colour/shot_3", "false_cuts"} <= record["metrics"].keys()
 
 
 @pytest.mark.parametrize(

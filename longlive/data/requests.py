@@ -35,12 +35,12 @@ class VideoRequest:
 
     Attributes:
         prompt: of the whole video, or of its shots.
-        image: file of its first frame; None: the network makes that too.
+        image: its first frame, a file or pixels; None: the network makes that too.
         name: of the file that the prompt comes from; None: it has none.
     """
 
     prompt: str | StoryPrompt
-    image: Path | None = None
+    image: Path | UInt8[Tensor, "3 H W"] | None = None
     name: str | None = None
 
     @property
@@ -55,12 +55,31 @@ class VideoRequest:
         """All captions in one line."""
         return " | ".join(self.story.captions)
 
+    def first_frame(self, height: int, width: int) -> UInt8[Tensor, "1 3 h w"]:
+        """The pixels of the image, cropped and scaled as training does with videos.
 
-def read_requests(prompts: str | Sequence[str | StoryPrompt], image: str | Path | None = None) -> list[VideoRequest]:
+        Raises:
+            ValueError: if there is no image, or it is none.
+        """
+        if isinstance(self.image, torch.Tensor):
+            return centre_crop_and_resize(self.image[None], height, width)
+        if self.image is None:
+            raise ValueError(f"no image is given for the video of {self.text!r}")
+        try:
+            with Image.open(self.image) as opened:
+                pixels = np.asarray(opened.convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{self.image} cannot be read as an image: {error}") from error
+        return centre_crop_and_resize(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None], height, width)
+
+
+def read_requests(
+    prompts: str | Sequence[str | StoryPrompt | VideoRequest], image: str | Path | None = None
+) -> list[VideoRequest]:
     """The videos that prompts and images ask for.
 
     Args:
-        prompts: one text, several, stories, a `.txt` file or a folder.
+        prompts: one text, several, stories, requests as they are, a `.txt` file or a folder.
         image: a file or a folder.
 
     Raises:
@@ -68,7 +87,7 @@ def read_requests(prompts: str | Sequence[str | StoryPrompt], image: str | Path 
             and prompts do not match.
     """
     if not isinstance(prompts, str):
-        requests = [VideoRequest(prompt) for prompt in prompts]
+        requests = [prompt if isinstance(prompt, VideoRequest) else VideoRequest(prompt) for prompt in prompts]
     elif prompts.strip() and os.path.isdir(prompts):  # Path.is_dir raises on texts too long for a name
         requests = _read_folder(Path(prompts))
     elif prompts.endswith(".txt"):
@@ -151,17 +170,3 @@ def _check_same_names(pictures: Mapping[str, Path], prompts: Mapping[str, object
         raise ValueError(
             f"in {where}, these have only an image or only a prompt: {', '.join(alone)}; give both, under one name"
         )
-
-
-def read_first_frame(image: Path, height: int, width: int) -> UInt8[Tensor, "1 3 h w"]:
-    """The pixels of an image, cropped and scaled as training does with videos.
-
-    Raises:
-        ValueError: if it is no image.
-    """
-    try:
-        with Image.open(image) as opened:
-            pixels = np.asarray(opened.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{image} cannot be read as an image: {error}") from error
-    return centre_crop_and_resize(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None], height, width)

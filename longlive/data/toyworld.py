@@ -19,6 +19,7 @@ from itertools import pairwise
 import torch
 
 from longlive import rng
+from longlive.data.requests import VideoRequest
 from longlive.data.shots import Shot
 from longlive.data.sources import SourceClip
 from longlive.typing import Float, Tensor, UInt8
@@ -175,6 +176,12 @@ def random_caption(seed: int, sample: int, shot: int = 0) -> str:
 def random_prompts(num_prompts: int, seed: int) -> list[str]:
     """Prompts for evaluation, the speed always said, one scene each."""
     return [random_scene(seed, sample).caption(0) for sample in range(num_prompts)]
+
+
+def random_image_prompts(num_prompts: int, seed: int) -> list[VideoRequest]:
+    """The same prompts, each with the first frame of its scene: image to video."""
+    scenes = [random_scene(seed, sample) for sample in range(num_prompts)]
+    return [VideoRequest(scene.caption(0), render(scene, 1)[0]) for scene in scenes]
 
 
 class ToyWorldSource:

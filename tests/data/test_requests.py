@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from longlive.data.prompts import StoryPrompt
-from longlive.data.requests import VideoRequest, read_first_frame, read_requests
+from longlive.data.requests import VideoRequest, read_requests
 
 
 def write(folder: Path, *names: str) -> Path:
@@ -115,18 +115,22 @@ def test_a_first_frame_is_cropped_in_the_centre_as_training_does(tmp_path: Path)
     pixels = np.zeros((20, 60, 3), dtype=np.uint8)
     pixels[:, 20:40] = (10, 200, 30)
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    frame = read_first_frame(tmp_path / "wide.png", 10, 10)
+    frame = VideoRequest("x", tmp_path / "wide.png").first_frame(10, 10)
     assert frame.dtype == torch.uint8
     assert frame.shape == (1, 3, 10, 10)
     assert torch.equal(frame, torch.tensor([10, 200, 30], dtype=torch.uint8)[None, :, None, None].expand_as(frame))
-    exact = read_first_frame(tmp_path / "wide.png", 20, 60)
+    pixels_given = VideoRequest("x", torch.from_numpy(pixels).permute(2, 0, 1))
+    assert torch.equal(pixels_given.first_frame(10, 10), frame)
+    with pytest.raises(ValueError, match="no image is given for the video of 'x'"):
+        VideoRequest("x").first_frame(10, 10)
+    exact = VideoRequest("x", tmp_path / "wide.png").first_frame(20, 60)
     assert torch.equal(exact[0].permute(1, 2, 0), torch.from_numpy(pixels)), "of the right size: unchanged"
 
 
 def test_an_image_of_any_mode_becomes_three_colours(tmp_path: Path) -> None:
     for mode, value in (("L", 90), ("P", 3), ("RGBA", (1, 2, 3, 128)), ("I;16", 500)):
         Image.new(mode, (4, 4), value).save(tmp_path / "x.png")
-        assert read_first_frame(tmp_path / "x.png", 4, 4).shape == (1, 3, 4, 4)
+        assert VideoRequest("x", tmp_path / "x.png").first_frame(4, 4).shape == (1, 3, 4, 4)
     (tmp_path / "x.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"x\.png cannot be read as an image"):
-        read_first_frame(tmp_path / "x.png", 4, 4)
+        VideoRequest("x", tmp_path / "x.png").first_frame(4, 4)
