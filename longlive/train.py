@@ -27,7 +27,6 @@ from longlive.parallel.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     newest_checkpoint,
-    with_frozen,
 )
 from longlive.parallel.strategy import ShardedStrategy
 
@@ -90,7 +89,7 @@ def initialise(trainer: Trainer, module: LongLiveModule, checkpoint: Path) -> No
         trainer.callbacks.insert(0, InitialWeights(checkpoint))  # type: ignore[attr-defined]
         return
     module.configure_model()
-    weights = with_frozen(module, averaged_weights(load_checkpoint(checkpoint)))
+    weights = module.weights_of(averaged_weights(load_checkpoint(checkpoint)))
     check_same_shapes(module.state_dict(), weights)
     module.load_state_dict(weights)
 

@@ -12,9 +12,9 @@ pass; they are dropped before, so that none outlives the values that it was gath
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,8 +24,21 @@ from torch.distributed.tensor import DTensor
 from longlive.typing import Tensor
 
 
+@runtime_checkable
+class AveragesAPart(Protocol):
+    """A module of which only a part is averaged, and not in every step."""
+
+    def averaged_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        """Named as the module names them."""
+        ...
+
+    def average_moves(self, step: int) -> bool:
+        """Whether that part learned in the optimizer step that made their count `step`."""
+        ...
+
+
 class EMA(Callback):
-    """Average the trainable weights after every optimizer step.
+    """Average the trainable weights after every optimizer step, or what the module says of them (`AveragesAPart`).
 
     Args:
         decay: the largest d.
@@ -48,7 +61,7 @@ class EMA(Callback):
         self._last_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for name, parameter in _trainable(pl_module):
+        for name, parameter in _averaged(pl_module):
             kept = self.average.get(name)
             # A loaded average comes from the CPU; it takes the parameter's device and layout.
             self.average[name] = parameter.detach().clone() if kept is None else kept.to(parameter)
@@ -59,7 +72,8 @@ class EMA(Callback):
         # Under gradient accumulation most batches end without an optimizer step.
         if trainer.global_step > self._last_step:
             self._last_step = trainer.global_step
-            self.update(pl_module, trainer.global_step)
+            if not isinstance(pl_module, AveragesAPart) or pl_module.average_moves(trainer.global_step):
+                self.update(pl_module, trainer.global_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
@@ -67,7 +81,7 @@ class EMA(Callback):
     @torch.no_grad()
     def update(self, pl_module: LightningModule, step: int) -> None:
         """Fold the weights after optimizer step `step` (counted from 1) into the average."""
-        names, parameters = zip(*_trainable(pl_module), strict=True)
+        names, parameters = zip(*_averaged(pl_module), strict=True)
         averages = [_part(self.average[name]) for name in names]
         weights = [_part(parameter) for parameter in parameters]
         if step <= self.start_step:
@@ -93,7 +107,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def _swap(self, pl_module: LightningModule) -> None:
-        for name, parameter in _trainable(pl_module):
+        for name, parameter in _averaged(pl_module):
             weight, average = _part(parameter), _part(self.average[name])
             kept = weight.clone()
             weight.copy_(average)
@@ -129,11 +143,13 @@ class EMA(Callback):
         self.average = self.average | state_dict["average"]
 
 
-def _trainable(pl_module: LightningModule) -> list[tuple[str, torch.nn.Parameter]]:
+def _averaged(pl_module: LightningModule) -> list[tuple[str, torch.nn.Parameter]]:
     """As the optimizer sees them: sharded parameters as shards, also right after a forward pass."""
     for module in pl_module.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    if isinstance(pl_module, AveragesAPart):
+        return list(pl_module.averaged_parameters())
     return [(name, parameter) for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
 
 

@@ -10,7 +10,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +242,10 @@ class LongLiveModule(LightningModule):
     def rollout_engine(self, settings: RolloutSettings | None = None) -> RolloutEngine:
         """An engine over this network as it is now; `settings` default to the module's own."""
         return RolloutEngine(self.trained_network, settings or self.rollout, self.schedule)
+
+    def weights_of(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This module's weights as another run stored them: its own frozen ones where it stored none."""
+        return with_frozen(self, stored)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum over all ranks; with one rank, the values."""

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 import torch
 
 from longlive import rng
+from longlive.adapters.adapted import AdaptedNetwork
 from longlive.diffusion.guidance import guide
 from longlive.diffusion.schedule import FlowSchedule
 from longlive.diffusion.solver import make_solver
@@ -103,8 +104,8 @@ class RolloutEngine:
     """Generates latents with a causal network.
 
     Args:
-        model: the network; its parameters' device and dtype are the rollout's. Whether it is in eval mode is the
-            caller's business.
+        model: the network, or what an adapter makes of it; its parameters' device and dtype are the rollout's. Whether
+            it is in eval mode is the caller's business.
         settings: see `RolloutSettings`.
         schedule: noise levels; the shift must be the one of training.
 
@@ -112,7 +113,7 @@ class RolloutEngine:
         ValueError: if the settings do not fit the network.
     """
 
-    def __init__(self, model: CausalWan, settings: RolloutSettings, schedule: FlowSchedule) -> None:
+    def __init__(self, model: CausalWan | AdaptedNetwork, settings: RolloutSettings, schedule: FlowSchedule) -> None:
         settings.check_network(model.config)
         self.model = model
         self.settings = settings
@@ -180,7 +181,7 @@ class RolloutEngine:
         """
         self._check(prompt_embeds, prompt_index, shot_index, sample_ids, negative_embeds)
         num_chunks = prompt_index.shape[1]
-        self._check_given(given, (len(sample_ids), num_chunks * self.settings.chunk_frames, *latent_shape))
+        self.check_given(given, (len(sample_ids), num_chunks * self.settings.chunk_frames, *latent_shape))
         state = self.start(latent_shape, seed, sample_ids, num_chunks)
         prompt_index = prompt_index.to(self.device)
 
@@ -191,7 +192,7 @@ class RolloutEngine:
                     state, prompt_embeds, prompt_index[:, chunk], shot_index[:, chunk].tolist(), negative_embeds
                 )
                 # Nobody looks back at the last chunk, so it needs no context pass.
-                latents = self._finish(state, condition, self._given_of(chunk, given), write=chunk + 1 < num_chunks)
+                latents = self._finish(state, condition, self.given_of(chunk, given), write=chunk + 1 < num_chunks)
                 if on_chunk is not None:
                     on_chunk(ChunkReport(chunk, num_chunks, self._now() - start))
                 yield latents
@@ -327,7 +328,7 @@ class RolloutEngine:
         )
         return velocity.float()
 
-    def _given_of(self, chunk: int, given: GivenFrames | None) -> Latents | None:
+    def given_of(self, chunk: int, given: GivenFrames | None) -> Latents | None:
         """The given frames of one chunk."""
         first = chunk * self.settings.chunk_frames
         if given is None or given.shape[1] <= first:
@@ -394,7 +395,8 @@ class RolloutEngine:
                 "with as many text tokens and features as the others"
             )
 
-    def _check_given(self, given: GivenFrames | None, video_shape: tuple[int, ...]) -> None:
+    def check_given(self, given: GivenFrames | None, video_shape: tuple[int, ...]) -> None:
+        """Raise the `ValueError` for frames that cannot begin videos `(b, f, c, h, w)`."""
         batch, num_frames, *frame_shape = video_shape
         if given is None:
             return

@@ -24,13 +24,11 @@ import torch
 from longlive import rng
 from longlive.diffusion.path import x0_from_velocity
 from longlive.diffusion.solver import make_solver
-from longlive.rollout.engine import ChunkCondition, RolloutEngine, RolloutState
-from longlive.typing import Float, Int, Latents, PromptEmbeds, Tensor
+from longlive.rollout.engine import ChunkCondition, GivenFrames, RolloutEngine, RolloutState, hold
+from longlive.rollout.settings import RolloutSettings
+from longlive.typing import Int, Latents, PromptEmbeds, Tensor
 
 EXITS = ("rollout", "chunk")
-
-GivenFrames = Float[Tensor, "b given c h w"]
-"""Clean latents that a video starts with."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +58,20 @@ class StudentRollout:
     """
 
     def __init__(self, engine: RolloutEngine, exit_per: str = "rollout") -> None:
-        if engine.settings.guided:
+        self.check(engine.settings, exit_per)
+        self.engine = engine
+        self.exit_per = exit_per
+
+    @staticmethod
+    def check(settings: RolloutSettings, exit_per: str) -> None:
+        """Raise the `ValueError` for settings that a student cannot have."""
+        if settings.guided:
             raise ValueError(
-                f"guidance_scale={engine.settings.guidance_scale}: a student learns to do without guidance; set "
+                f"guidance_scale={settings.guidance_scale}: a student learns to do without guidance; set "
                 "guidance_scale=1 for its rollouts (the teacher's guidance is the objective's)"
             )
         if exit_per not in EXITS:
             raise ValueError(f"exit_per={exit_per!r} is unknown; use {' or '.join(EXITS)}")
-        self.engine = engine
-        self.exit_per = exit_per
 
     def start(
         self,
@@ -106,14 +109,14 @@ class StudentRollout:
             prompt_embeds: the distinct prompts.
             prompt_index: which of them every chunk follows.
             shot_index: shot of every chunk, counted from 0 in each sample.
-            given: the first frames of the video, where the rollout is given them (image to video): `g` frames, at most
-                a chunk, at the start of a rollout alone.
+            given: the first frames of the video, where the rollout is given them (image to video: one).
             final: whether it does not go on: nobody looks back at the last chunk, which then needs no context pass.
 
         Raises:
-            ValueError: if frames are given that cannot be.
+            ValueError: if frames are given that cannot begin these videos.
         """
-        self._check_given(state, given)
+        num_frames = (state.next_chunk + prompt_index.shape[1]) * self.engine.settings.chunk_frames
+        self.engine.check_given(given, (len(state.sample_ids), num_frames, *state.latent_shape))
         first, exits, chunks = state.next_chunk, [], []
         prompt_index = prompt_index.to(self.engine.device)
         for position in range(prompt_index.shape[1]):
@@ -121,7 +124,7 @@ class StudentRollout:
             condition = self.engine.open_chunk(
                 state, prompt_embeds, prompt_index[:, position], shot_index[:, position].tolist()
             )
-            chunks.append(self._chunk(state, condition, exits[-1], given if state.next_chunk == 0 else None))
+            chunks.append(self._chunk(state, condition, exits[-1], self.engine.given_of(state.next_chunk, given)))
             if not final or position + 1 < prompt_index.shape[1]:
                 self.engine.write(state, condition, chunks[-1].detach())
         return Clip(torch.cat(chunks, dim=1), tuple(exits), first)
@@ -131,29 +134,14 @@ class StudentRollout:
     ) -> Latents:
         settings = self.engine.settings
         num_given = 0 if given is None else given.shape[1]
-        x = self._hold(self.engine.noise(state), given)
+        x = hold(self.engine.noise(state), given)
         solver = make_solver(settings.solver, settings.num_steps, self.engine.schedule)
         for index, (timestep, sigma) in enumerate(solver):
             timesteps, sigmas = (torch.full(x.shape[:2], value, device=x.device) for value in (timestep, sigma))
             timesteps[:, :num_given] = 0
             if index == exit_step:
                 velocity = self.engine.velocity(condition, x, timesteps)
-                return self._hold(x0_from_velocity(x, velocity, sigmas), given)
+                return hold(x0_from_velocity(x, velocity, sigmas), given)
             with torch.no_grad():
-                x = self._hold(solver.step(self.engine.velocity(condition, x, timesteps), x), given)
+                x = hold(solver.step(self.engine.velocity(condition, x, timesteps), x), given)
         raise AssertionError(f"exit_step={exit_step} is none of {settings.num_steps} steps")
-
-    @staticmethod
-    def _hold(x: Latents, given: GivenFrames | None) -> Latents:
-        """The given frames are what they are."""
-        return x if given is None else torch.cat([given.to(x), x[:, given.shape[1] :]], dim=1)
-
-    def _check_given(self, state: RolloutState, given: GivenFrames | None) -> None:
-        if given is None:
-            return
-        frames = self.engine.settings.chunk_frames
-        if state.next_chunk != 0 or not 1 <= given.shape[1] <= frames:
-            raise ValueError(
-                f"{given.shape[1]} frames are given at chunk {state.next_chunk}; give 1 to {frames} frames (a chunk), "
-                "at the start of a rollout"
-            )
