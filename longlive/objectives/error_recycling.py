@@ -277,10 +277,9 @@ class ErrorRecycling:
         shape = (len(step.sample_ids), len(targets), step.chunk_frames)
         is_scored, is_given = scored.view(shape), step.is_given(targets).view(shape[1:])
         is_whole = (is_scored | is_given).all(2) & is_scored.any(2)
+        grid_index = inputs.grid_index.tolist()
         names = [
-            ChunkName(
-                step.sample_ids[row], targets[column], self.bucket(int(inputs.grid_index[row, column]), step.grid_size)
-            )
+            ChunkName(step.sample_ids[row], targets[column], self.bucket(grid_index[row][column], step.grid_size))
             for row, column in is_whole.nonzero().tolist()
         ]
         self._errors.announce(names, len(step.sample_ids) * step.num_chunks, inputs.latents.device)

@@ -86,7 +86,7 @@ def test_the_memory_of_the_process_grows_by_no_more_than_the_budget() -> None:
     grown = resident() - before
     assert buffer.nbytes == budget * MEBIBYTE
     assert 0.9 * budget <= grown / MEBIBYTE <= 1.03 * budget
-    assert sum(map(len, state)) == 48
+    assert sum(len(block) for ring in state for block in ring["blocks"]) == 48
 
 
 def test_a_loaded_buffer_answers_as_the_saved_one_and_goes_on_like_it() -> None:
@@ -97,6 +97,20 @@ def test_a_loaded_buffer_answers_as_the_saved_one_and_goes_on_like_it() -> None:
         buffer.append(2, entry(9))
         buffer.append(0, entry(8))
     assert values(loaded) == values(saved) == [[0, 1, 8], [], [203, 204, 9]]
+
+
+@pytest.mark.parametrize("number", [1, 4, 5, 20, 23])
+def test_rings_of_several_blocks_keep_their_order(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Blocks of 4 entries in a ring of 10: not yet full, full, and begun anew in the middle of a block."""
+    monkeypatch.setattr("longlive.objectives.error_buffer.BLOCK", 4 * BYTES)
+    saved, loaded = filled({1: number}, capacity=10), filled({}, capacity=10)
+    expected = [100.0 + index for index in range(number)][-10:]
+    assert values(saved) == [[], expected, []]
+    state = saved.state_dict()
+    assert sum(len(block) for block in state[1]["blocks"]) == len(expected)
+    loaded.load_state_dict(state)
+    assert values(loaded) == [[], expected, []]
+    assert saved.nbytes <= 10 * BYTES
 
 
 def test_a_smaller_budget_keeps_the_newest() -> None:

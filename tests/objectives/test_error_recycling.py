@@ -69,7 +69,18 @@ def one_step(recycler: ErrorRecycling, step: Step, scored: Tensor | None = None,
 
 def entries(recycler: ErrorRecycling) -> list[Tensor]:
     """All entries, bucket by bucket, the oldest first."""
-    return [entry for bucket in recycler.state_dict()["errors"] for entry in bucket]
+    return [entry for bucket in by_bucket(recycler) for entry in bucket]
+
+
+def by_bucket(recycler: ErrorRecycling) -> list[list[Tensor]]:
+    """The entries of every bucket, the oldest first."""
+    recycler.state_dict()  # waits for what is under way
+    buffer, found = recycler.buffer, []
+    for bucket in range(buffer.num_buckets):
+        places = [(bucket, rank) for rank in range(buffer.size(bucket))]
+        kinds = [buffer.take(kind, places) for kind in (LATENT, NOISE)] if places else []
+        found.append(list(torch.stack(kinds, dim=1)) if places else [])
+    return found
 
 
 def test_the_errors_of_a_prediction_are_those_of_the_latent_and_the_noise_that_it_points_to() -> None:
@@ -269,7 +280,7 @@ def test_recorded_errors_lie_in_the_bucket_of_their_timestep_in_the_order_of_the
         for chunk in CHUNKS:
             index = rng.integer(100, step.seed, "timestep", step=step.step, sample=sample, chunk=chunk)
             expected[index // 10].append(errors[:, row, CHUNK * chunk : CHUNK * (chunk + 1)])
-    found = recycler.state_dict()["errors"]
+    found = by_bucket(recycler)
     assert [len(bucket) for bucket in found] == [len(bucket) for bucket in expected]
     for ours, theirs in zip(found, expected, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
