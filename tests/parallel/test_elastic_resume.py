@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import DictConfig
 
+import longlive.train
 from helpers.distributed import run_on_ranks
 from helpers.interrupted import Drawn, override, relative_errors
-from helpers.runs import curves, run, write_toyworld
+from helpers.runs import config_of, curves, write_toyworld
 from longlive.parallel.checkpoint import load_checkpoint
 
 HALF, STEPS = 2, 4
@@ -58,8 +59,8 @@ def shards(tmp_path_factory) -> Path:
     return write_toyworld(tmp_path_factory.mktemp("shards"), num_clips=7, num_raw_frames=61)
 
 
-def drawn(directory: Path, shards: Path, settings: tuple[str, ...]) -> dict[int, list[int]]:
-    trainer = run(directory, shards, *RUN, *settings)
+def drawn(config: DictConfig) -> dict[int, list[int]]:
+    trainer = longlive.train.train(config)
     (callback,) = (callback for callback in trainer.callbacks if isinstance(callback, Drawn))
     return callback.samples
 
@@ -67,10 +68,8 @@ def drawn(directory: Path, shards: Path, settings: tuple[str, ...]) -> dict[int,
 def train(directory: Path, shards: Path, mesh: str) -> dict[int, list[int]]:
     """The run on such ranks; returns the samples of every optimizer step, which its data ranks drew together."""
     ranks = MESHES[mesh]
-    settings = (*ranks.settings, f"trainer.devices={ranks.number}")
-    found = run_on_ranks(
-        partial(drawn, directory, shards, settings), ranks.number, init_process_group=False, timeout=240
-    )
+    config = config_of(directory, shards, *RUN, *ranks.settings, f"trainer.devices={ranks.number}")
+    found = run_on_ranks(drawn, ranks.number, config, init_process_group=False, timeout=240)
     for rank, samples in enumerate(found):
         assert samples == found[rank // ranks.sequence * ranks.sequence], "peers draw the same clips"
     groups = found[:: ranks.sequence]
