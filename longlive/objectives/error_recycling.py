@@ -52,23 +52,20 @@ from longlive.objectives.teacher_forcing import InjectedErrors, TeacherForcingIn
 from longlive.typing import Bool, Float, Int, Latents, Tensor
 
 
-def prediction_errors(
-    prediction: Latents, inputs: TeacherForcingInputs, is_given: Bool[Tensor, " f"]
-) -> Float[Tensor, "kind b f c h w"]:
-    """E_x and E_n of the module docstring, float32, of the target frames; those of given frames are zero.
+def prediction_errors(prediction: Latents, inputs: TeacherForcingInputs) -> Float[Tensor, "kind b f c h w"]:
+    """E_x and E_n of the module docstring, float32, of the target frames; those of given frames, at timestep 0, are
+    zero. Waits for nothing on the device.
 
     Args:
         prediction: v_hat.
         inputs: what the network got, and v.
-        is_given: target frames that were not predicted.
     """
     velocity, target = prediction.float(), inputs.target.float()
     sigma = inputs.target_timesteps / TIMESTEP_SCALE
     noisy = inputs.latents[:, inputs.num_history_frames :].float()
     latent_error = x0_from_velocity(noisy, velocity, sigma) - inputs.clean.float()
     noise_error = per_frame(1 - sigma) * (velocity - target)
-    is_predicted = ~is_given.to(velocity.device)
-    return torch.stack([latent_error, noise_error]) * is_predicted[:, None, None, None]
+    return torch.stack([latent_error, noise_error]) * per_frame((sigma > 0).float())
 
 
 @dataclass(frozen=True)
@@ -292,7 +289,7 @@ class ErrorRecycling:
         self._errors.drop_all_but(wanted)
         found, names = {}, self._errors.missing(wanted, step.sample_ids)
         if names:
-            errors = prediction_errors(prediction, inputs, step.is_given(targets)).to(torch.bfloat16)
+            errors = prediction_errors(prediction, inputs).to(torch.bfloat16)
             errors = errors.unflatten(2, (len(targets), step.chunk_frames))
             for name in names:
                 place = step.sample_ids.index(name.sample), targets.index(name.chunk)

@@ -88,7 +88,7 @@ def test_the_errors_of_a_prediction_are_those_of_the_latent_and_the_noise_that_i
     clean, prediction = randn(*SHAPE), randn(*SHAPE, seed=1)
     step = replace(STEP, given_frames=3)
     inputs, draws = inputs_of(step, clean), draws_of(step)
-    found = prediction_errors(prediction, inputs, step.is_given(CHUNKS)).double()
+    found = prediction_errors(prediction, inputs).double()
     for sample in range(2):
         for frame in range(SHAPE[1]):
             sigma = SIGMAS[int(draws.grid_index[sample, frame // CHUNK])]
@@ -106,7 +106,7 @@ def test_the_latent_error_is_measured_from_the_true_latent_where_errors_were_inj
     clean, prediction = randn(*SHAPE), randn(*SHAPE, seed=1)
     injected = InjectedErrors(latents=randn(*SHAPE, seed=2), noise=randn(*SHAPE, seed=3))
     inputs, draws = inputs_of(STEP, clean, injected), draws_of(STEP)
-    found = prediction_errors(prediction, inputs, STEP.is_given(CHUNKS)).double()
+    found = prediction_errors(prediction, inputs).double()
     assert injected.latents is not None
     assert injected.noise is not None
     for frame in range(SHAPE[1]):
@@ -273,7 +273,7 @@ def test_recorded_errors_lie_in_the_bucket_of_their_timestep_in_the_order_of_the
     prediction = one_step(recycler, STEP)
     recycler.commit()
     step = STEP
-    errors = prediction_errors(prediction, inputs_of(step, randn(*SHAPE)), step.is_given(CHUNKS)).bfloat16()
+    errors = prediction_errors(prediction, inputs_of(step, randn(*SHAPE))).bfloat16()
     expected: list[list[Tensor]] = [[] for _ in range(BUCKETS)]
     for sample in sorted(step.sample_ids):
         row = step.sample_ids.index(sample)
