@@ -7,11 +7,13 @@ scratch gets there in a fraction of the steps; tuning a pretrained one is AdamW'
 
 The nearest orthogonal matrix is a property of the whole matrix. Where matrices are shards, the momentum stays a shard,
 and matrices are gathered, one at a time, stepped whole on every rank alike, and dropped: the same numbers as on one
-rank. (Left to DTensor, torch's Muon sums partial products in bfloat16 and ends up elsewhere.)
+rank. (Left to DTensor, torch's Muon sums partial products in bfloat16 and ends up elsewhere.) Whole matrices of one
+shape are orthogonalised in one batch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,40 +22,81 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
 
+from longlive.typing import Float, Tensor
 
-class ShardedMuon(Muon):
-    """torch's Muon, also for parameters that are shards (DTensors). Every rank must call `step`."""
+BATCH_ELEMENTS = 2**24
+"""Elements that are orthogonalised together: enough to keep a device busy, little beside the optimizer's state."""
+
+
+class BatchedMuon(Muon):
+    """torch's Muon with all matrices of one shape orthogonalised together, also for parameters that are shards
+    (DTensors): the same update in a fraction of the calls. Parameters are all shards or all whole; where they are
+    shards, every rank must call `step`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; parameters are all shards or all whole."""
-        if not any(isinstance(parameter, DTensor) for group in self.param_groups for parameter in group["params"]):
-            return super().step(closure)
+        """One step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_of_shards(parameter, group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            directions = [self._direction(parameter, group) for parameter in parameters]
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            for shape in dict.fromkeys(parameter.shape for parameter in parameters):
+                same = [index for index, parameter in enumerate(parameters) if parameter.shape == shape]
+                together = 1 if isinstance(directions[same[0]], DTensor) else max(1, BATCH_ELEMENTS // shape.numel())
+                batches = [same[i : i + together] for i in range(0, len(same), together)]
+                step_size = group["lr"] * 0.2 * math.sqrt(max(shape))
+                for batch in batches:
+                    whole = torch.stack([_whole(directions[index]) for index in batch])
+                    updates = orthogonalised(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                    for index, update in zip(batch, updates, strict=True):
+                        parameter = parameters[index]
+                        parameter.add_(_as_shard(update.to(parameter.dtype), parameter), alpha=-step_size)
         return loss
 
-    def _step_of_shards(self, parameter: DTensor, group: dict[str, Any]) -> None:
+    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """The momentum after this gradient; with Nesterov's look ahead."""
         gradient = parameter.grad
-        assert isinstance(gradient, DTensor)
-        momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(gradient))
+        assert gradient is not None
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        momentum = state["momentum_buffer"]
         momentum.lerp_(gradient, 1 - group["momentum"])
-        direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        assert isinstance(direction, DTensor)
-        # The momentum is in the direction already; the rest is one step of torch's Muon without any.
-        whole = nn.Parameter(parameter.full_tensor())
-        whole.grad = direction.full_tensor()
-        same = ("lr", "weight_decay", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
-        Muon([whole], momentum=0.0, nesterov=False, **{name: group[name] for name in same}).step()
-        parameter.copy_(
-            distribute_tensor(whole.detach(), parameter.device_mesh, parameter.placements, src_data_rank=None)
-        )
+        return gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+
+
+def orthogonalised(
+    matrices: Float[Tensor, "n rows columns"], coefficients: Sequence[float], num_steps: int, eps: float
+) -> Float[Tensor, "n rows columns"]:
+    """Matrices with the singular vectors of the given ones and singular values near 1, in bfloat16.
+
+    `X <- a X + (b X X^T + c (X X^T)^2) X`, from `X / |X|`, on the smaller side (Newton-Schulz, Jordan et al. 2024).
+    """
+    a, b, c = coefficients
+    x = matrices.bfloat16()
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(num_steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _as_shard(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of what every rank holds, if the parameter is a shard."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 class MuonAdamW(Optimizer):
@@ -95,7 +138,7 @@ class MuonAdamW(Optimizer):
                 "it needs both. Use optimizer=adamw"
             )
         self.parts: tuple[Optimizer, ...] = (
-            ShardedMuon(
+            BatchedMuon(
                 matrices,
                 lr=lr,
                 momentum=momentum,

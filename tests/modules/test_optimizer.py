@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon
 
 from helpers.distributed import run_on_ranks
-from longlive.modules.optimizer import MuonAdamW
+from longlive.modules.optimizer import BatchedMuon, MuonAdamW
 
 
 class Net(nn.Module):
@@ -57,6 +57,27 @@ def test_it_equals_the_two_optimizers_side_by_side():
     train(reference, [muon, AdamW(others, lr=0.003, weight_decay=0.01)], range(5))
     for ours, theirs in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("batch_elements", [1, 10**9], ids=["one by one", "all together"])
+def test_matrices_of_several_shapes_move_as_torchs_muon_moves_them(monkeypatch, batch_elements):
+    """Tall and wide ones, in batches; bfloat16's rounding may differ, by one part in 256 of a step."""
+    monkeypatch.setattr("longlive.modules.optimizer.BATCH_ELEMENTS", batch_elements)
+    shapes = [(6, 6), (12, 6), (6, 12), (6, 6), (12, 6)]
+    generator = torch.Generator().manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = copy.deepcopy(ours)
+    settings = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = BatchedMuon(ours, **settings), Muon(theirs, **settings)
+    for _ in range(3):
+        for pair in zip(ours, theirs, strict=True):
+            gradient = torch.randn(pair[0].shape, generator=generator)
+            for parameter in pair:
+                parameter.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, torchs in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, torchs, atol=3 * 0.1 * 0.2 * 12**0.5 / 256, rtol=0)
 
 
 def test_a_learning_rate_schedule_scales_both_also_after_loading():
