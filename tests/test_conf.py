@@ -161,7 +161,7 @@ def test_every_option_of_every_group_is_built(group, name, parts):
         called = made.func if isinstance(made, partial) else made
         names = {getattr(called, "__name__", ""), type(made).__name__}
         assert names & set(target.split(".")) or target.endswith(
-            ("random_prompts", "random_story_prompts", "lightning_strategy", "choose_precision")
+            ("random_prompts", "random_story_prompts", "random_image_prompts", "lightning_strategy", "choose_precision")
         )
 
 

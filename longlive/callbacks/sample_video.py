@@ -5,7 +5,7 @@ TensorBoard gets an animated GIF (its own `add_video` writes nothing with curren
 the log as mp4. Metrics given here are computed on the same videos.
 
 A prompt is a text, or a story: a text per shot, whose video is cut where the story says, with the prompts and shots
-that `generate` would give its chunks.
+that `generate` would give its chunks. With a first frame (`VideoRequest`) the video begins with it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from longlive.callbacks.ema import EMA
 from longlive.codecs.base import num_raw_frames
 from longlive.data.prompts import StoryPrompt
+from longlive.data.requests import VideoRequest
 from longlive.data.shots import SCENE_CUT_PHRASE
 from longlive.data.video_writer import write_mp4
 from longlive.modules.base import LongLiveModule, to_unit_range
@@ -49,7 +50,8 @@ class SampleVideo(Callback):
     """Every `every_n_steps` optimizer steps and after the last one: videos, on rank 0.
 
     Args:
-        prompts: one video each: a text, a `StoryPrompt`, or the captions of shots that last as long, or nearly.
+        prompts: one video each: a text, a `StoryPrompt`, the captions of shots that last as long, or nearly, or one of
+            these with its first frame (`VideoRequest`). All videos have a first frame given, or none.
         num_frames: latent frames, a multiple of the module's `chunk_frames`.
         height, width: pixels.
         fps: of the files.
@@ -61,12 +63,12 @@ class SampleVideo(Callback):
         scene_cut_phrase: begins the first prompt of every shot but the first; the one of training.
 
     Raises:
-        ValueError: if there is no prompt, or a story's captions and durations do not fit.
+        ValueError: if there is no prompt, a story's captions and durations do not fit, or only some have an image.
     """
 
     def __init__(
         self,
-        prompts: Sequence[str | StoryPrompt | Sequence[str]],
+        prompts: Sequence[str | StoryPrompt | VideoRequest | Sequence[str]],
         num_frames: int,
         height: int,
         width: int,
@@ -80,10 +82,16 @@ class SampleVideo(Callback):
     ) -> None:
         if not prompts:
             raise ValueError("no prompt: SampleVideo needs at least one")
-        self.prompts: list[str | StoryPrompt] = [
-            prompt if isinstance(prompt, str | StoryPrompt) else StoryPrompt(slug(prompt[0]), tuple(prompt))
+        self.requests = [
+            prompt
+            if isinstance(prompt, VideoRequest)
+            else VideoRequest(
+                prompt if isinstance(prompt, str | StoryPrompt) else StoryPrompt(slug(prompt[0]), tuple(prompt))
+            )
             for prompt in prompts
         ]
+        if len({request.image is None for request in self.requests}) > 1:
+            raise ValueError("some prompts have an image and some have none; give all of them one, or none")
         self.scene_cut_phrase = scene_cut_phrase
         self.num_frames = num_frames
         self.height, self.width, self.fps = height, width, fps
@@ -98,9 +106,10 @@ class SampleVideo(Callback):
         """Refuse impossible sizes and stories before training starts."""
         assert isinstance(pl_module, LongLiveModule)
         num_chunks = pl_module.rollout.num_chunks(self.num_frames)
-        self.prompts = [
-            prompt.over(num_chunks) if isinstance(prompt, StoryPrompt) else prompt for prompt in self.prompts
-        ]
+        for request in self.requests:
+            request.story.over(num_chunks)
+            if request.image is not None:
+                request.first_frame(self.height, self.width)
         codec = pl_module.codec
         num_raw = num_raw_frames(self.num_frames, codec.temporal_ratio)
         codec.check_video(torch.empty(0, num_raw, 3, self.height, self.width))
@@ -141,7 +150,12 @@ class SampleVideo(Callback):
         self._write(videos[: self.num_shown], trainer)
         if self.metric is not None:
             self.metric.reset()
-            self.metric.update(to_unit_range(videos), self.prompts)
+            num_chunks = pl_module.rollout.num_chunks(self.num_frames)
+            asked = [
+                request.prompt if isinstance(request.prompt, str) else request.prompt.over(num_chunks)
+                for request in self.requests
+            ]
+            self.metric.update(to_unit_range(videos), asked)
             values = {f"samples/{name}": float(value) for name, value in self.metric.compute().items()}
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step - 1)
@@ -149,11 +163,9 @@ class SampleVideo(Callback):
     def _roll_out(self, module: LongLiveModule) -> RawFrames:
         num_chunks = module.rollout.num_chunks(self.num_frames)
         codec = module.codec
-        rows = [
-            prompt.chunks(self.scene_cut_phrase)
-            if isinstance(prompt, StoryPrompt)
-            else ((prompt,) * num_chunks, (0,) * num_chunks)
-            for prompt in self.prompts
+        rows = [request.story.over(num_chunks).chunks(self.scene_cut_phrase) for request in self.requests]
+        images = [
+            request.first_frame(self.height, self.width) for request in self.requests if request.image is not None
         ]
         videos, _ = generate_videos(
             module.rollout_engine(),
@@ -162,23 +174,22 @@ class SampleVideo(Callback):
             [prompts for prompts, _ in rows],
             (self.height // codec.spatial_ratio, self.width // codec.spatial_ratio),
             seed=self.seed,
-            sample_ids=range(len(self.prompts)),
+            sample_ids=range(len(rows)),
             shot_index=torch.tensor([shots for _, shots in rows]),
+            first_raw_frames=to_unit_range(torch.stack(images)) if images else None,
         )
         return videos
 
     def _write(self, videos: RawFrames, trainer: Trainer) -> None:
         folder = self.directory / f"step-{trainer.global_step:07d}"
         folder.mkdir(parents=True, exist_ok=True)
-        for index, (video, prompt) in enumerate(zip(videos, self.prompts, strict=False)):
-            if isinstance(prompt, StoryPrompt):
-                name, text = prompt.name, " | ".join(prompt.captions)
-            else:
-                name, text = prompt, prompt
-            write_mp4(folder / f"{index:02d}-{slug(name)}.mp4", video, self.fps)
+        for index, (video, request) in enumerate(zip(videos, self.requests, strict=False)):
+            write_mp4(folder / f"{index:02d}-{slug(request.name or request.story.name)}.mp4", video, self.fps)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    add_animation(logger, f"samples/{index:02d}", video, text, self.fps, trainer.global_step - 1)
+                    add_animation(
+                        logger, f"samples/{index:02d}", video, request.text, self.fps, trainer.global_step - 1
+                    )
 
 
 def slug(prompt: str, longest: int = 60) -> str:

@@ -18,6 +18,7 @@ from longlive.callbacks.ema import EMA
 from longlive.callbacks.loss_breakdown import LossBreakdown
 from longlive.callbacks.sample_video import SampleVideo, slug
 from longlive.data.prompts import StoryPrompt
+from longlive.data.requests import VideoRequest
 from longlive.data.video import open_video
 from longlive.modules.base import LongLiveModule
 from longlive.rollout.engine import RolloutSettings
@@ -283,3 +284,18 @@ def test_a_story_that_does_not_fit_the_video_is_refused_before_training(tmp_path
     callback = sampler(tmp_path, prompts=[StoryPrompt("long", ("a dog", "a cat"), (1, 2))], num_frames=8)
     with pytest.raises(ValueError, match=r"story 'long' last 1 \+ 2 = 3 chunks, but the video has 2"):
         fit(module(), fake_batches(1), [callback])
+
+
+def test_a_video_may_begin_with_an_image(tmp_path, monkeypatch):
+    """A network that was trained with its first frame given has never learnt to make one."""
+    trained = module(given_frames=1)
+    images = [torch.full((3, 32, 32), level, dtype=torch.uint8) for level in (40, 200)]
+    requests = [VideoRequest(prompt, image) for prompt, image in zip(PROMPTS, images, strict=True)]
+    metric = Metric()
+    fit(trained, fake_batches(1), [sampler(tmp_path, prompts=requests, metric=metric)])
+    assert metric.prompts == list(PROMPTS)
+    for index, image in enumerate(images):
+        (file,) = (tmp_path / "samples" / "step-0000001").glob(f"0{index}-*.mp4")
+        assert (read(file)[0].float() - image.float()).abs().mean() < 8, "as the toy codec knows it"
+    with pytest.raises(ValueError, match="some prompts have an image and some have none"):
+        sampler(tmp_path, prompts=[requests[0], "a red circle"])
