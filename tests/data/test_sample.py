@@ -130,6 +130,17 @@ CLIPS = {
     "one frame": members(1),
     "two shots": members(20) | {"json": json.dumps({"num_raw_frames": 20, "shots": SHOTS}).encode()},
 }
+CLIPS["several files"] = {
+    "0.mp4": members(8)["mp4"],
+    "1.mp4": members(12, fps=48)["mp4"],
+    "2.mp4": members(9)["mp4"],
+    "json": json.dumps(
+        {
+            "num_raw_frames": 29,
+            "shots": [{"start": a, "end": b, "caption": c} for a, b, c in ((0, 8, "x"), (8, 20, "y"), (20, 29, "z"))],
+        }
+    ).encode(),
+}
 WINDOWS = {
     1: [ClipWindow(0, 21, 0)],
     2: [ClipWindow(0, 9, 0), ClipWindow(9, 21, 3)],
