@@ -22,6 +22,7 @@ from longlive.callbacks.ema import EMA
 from longlive.codecs.wan import WanVideoCodec
 from longlive.config import check_complete, compose, config_directory, instantiate, to_plain
 from longlive.data.datamodule import VideoDataModule
+from longlive.data.prompt_batches import PromptDataModule
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
 from longlive.modules.base import LongLiveModule, to_unit_range
@@ -34,6 +35,10 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment")
 OTHER_COMMAND = {"source": "shards", "prompt_set": "generate", "metric": "generate", "format": "export"}
 """Groups of another primary file than `train.yaml`."""
+OF_PROMPTS = {name for name in EXPERIMENTS if "distill" in name}
+"""Experiments that make their own videos and read none."""
+NEEDS = {("module", "distillation"): ["rollout.guidance_scale=1.0"]}
+"""What an option needs of others."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,8 @@ def write_text_encoder(folder: Path) -> None:
 
 
 def experiment(name: str, shards: Path, directory: Path, *more: str) -> DictConfig:
-    return compose("train", [f"experiment={name}", f"directory={directory}", f"data.train={shards}", *more])
+    clips = [] if name in OF_PROMPTS else [f"data.train={shards}"]
+    return compose("train", [f"experiment={name}", f"directory={directory}", *clips, *more])
 
 
 def option(group: str, name: str, *more: str) -> DictConfig:
@@ -104,11 +110,15 @@ def test_every_experiment_is_built(name, shards, tmp_path):
     module = instantiate(config.module)
     assert isinstance(module, LongLiveModule)
     data = instantiate(config.data)
-    assert isinstance(data, VideoDataModule)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     assert batch.batch_size == config.data.batch_size
-    module.codec.check_video(to_unit_range(batch.raw_frames))
+    if name in OF_PROMPTS:
+        assert isinstance(data, PromptDataModule)
+        assert config.trainer.gradient_clip_val is None, "Lightning clips nothing that a module steps by hand"
+    else:
+        assert isinstance(data, VideoDataModule)
+        module.codec.check_video(to_unit_range(batch.raw_frames))
     assert len(batch.prompts[0]) * config.data.chunk_frames == config.data.num_frames
     trainer = make_trainer(config)
     assert trainer.max_steps == config.trainer.max_steps > 0
@@ -125,9 +135,15 @@ def test_every_experiment_can_be_built_as_a_network_with_its_optimizer(name, sha
     module = instantiate(experiment(name, shards, tmp_path).module)
     module.configure_model()
     made = module.configure_optimizers()
-    parameters = [parameter for group in made["optimizer"].param_groups for parameter in group["params"]]
-    assert {id(parameter) for parameter in parameters} == {id(parameter) for parameter in module.parameters()}
-    assert made["lr_scheduler"]["interval"] == "step"
+    optimizers, schedulers = made if name in OF_PROMPTS else ([made["optimizer"]], [made["lr_scheduler"]["scheduler"]])
+    parameters = [
+        parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    ]
+    learning = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    assert {id(parameter) for parameter in parameters} == learning
+    assert len(parameters) == len(learning)
+    assert [scheduler.optimizer for scheduler in schedulers] == optimizers
+    assert name in OF_PROMPTS or made["lr_scheduler"]["interval"] == "step"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -144,7 +160,8 @@ def parts(shards, folders, tmp_path_factory) -> dict[tuple[str, str], DictConfig
     directory = tmp_path_factory.mktemp("run")
     found = {}
     for group, name in OPTIONS:
-        needed = [f"data.train={shards}"] if group not in OTHER_COMMAND else []
+        takes_clips = group not in OTHER_COMMAND and (group, name) != ("data", "toyworld_prompts")
+        needed = [*NEEDS.get((group, name), []), *([f"data.train={shards}"] if takes_clips else [])]
         if (group, name) in folders:
             needed.append(folders[group, name])
         if OTHER_COMMAND.get(group) != "export":

@@ -1,0 +1,78 @@
+"""Prompts by position: every one once an epoch, on any number of ranks, and again from where a run was killed."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from longlive.data.prompt_batches import PromptBatch, PromptDataModule
+from longlive.data.prompts import StoryPrompt
+
+TEXTS = [f"prompt {number}" for number in range(5)]
+STORY = StoryPrompt("story", ("a cat", "a dog"), (1, 2))
+
+
+def module(prompts: Any = TEXTS, data_rank: int = 0, data_size: int = 1, **changes: Any) -> PromptDataModule:
+    settings = {"num_frames": 12, "chunk_frames": 4, "height": 32, "width": 48, "batch_size": 2, "seed": 3}
+    made = PromptDataModule(prompts, **settings | changes)
+    made.data_parallel = lambda: (data_rank, data_size)  # type: ignore[method-assign]
+    return made
+
+
+def batches(data: PromptDataModule, number: int) -> list[PromptBatch]:
+    stream = iter(data.train_dataloader())
+    return [next(stream) for _ in range(number)]
+
+
+def seen(found: list[PromptBatch]) -> list[tuple[int, str]]:
+    """Id and prompt of every sample, in order of the ids."""
+    return sorted((int(i), row[0]) for batch in found for i, row in zip(batch.sample_ids, batch.prompts, strict=True))
+
+
+def test_every_prompt_comes_once_an_epoch_in_an_order_of_the_seed() -> None:
+    """And its ids never come again: noise would."""
+    found = seen(batches(module(), 5))
+    assert [number for number, _ in found] == list(range(10))
+    first, second = ([text for _, text in found[start : start + 5]] for start in (0, 5))
+    assert sorted(first) == sorted(second) == TEXTS
+    assert first != second
+    assert [text for _, text in seen(batches(module(seed=4), 5))] != first + second
+
+
+@pytest.mark.parametrize("data_size", [1, 2])
+def test_ranks_share_the_order_and_a_resumed_run_goes_on_in_it(data_size: int) -> None:
+    """A position that counts this rank's samples alone would repeat prompts on other ranks."""
+    whole = seen(batches(module(), 6))
+    before, after = [], []
+    for rank in range(data_size):
+        before += batches(module(data_rank=rank, data_size=data_size), 2 // data_size)
+    position = {"samples_consumed": 4, "num_batches": 2 // data_size}
+    for rank in range(data_size):
+        resumed = module(data_rank=rank, data_size=data_size)
+        resumed.load_state_dict(position)
+        assert resumed.state_dict() == position
+        after += batches(resumed, 4 // data_size)
+    assert seen(before) + seen(after) == whole
+
+
+def test_stories_are_cut_as_they_say() -> None:
+    (batch,) = batches(module([STORY], batch_size=1, scene_cut_phrase="Cut! "), 1)
+    assert batch.prompts == (("a cat", "Cut! a dog", "a dog"),)
+    assert torch.equal(batch.shot_index, torch.tensor([[0, 1, 1]]))
+    assert (batch.batch_size, batch.height, batch.width) == (1, 32, 48)
+    assert batch.to("cpu") is batch
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": []}, "no prompt"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_frames": 10}, "num_frames=10 is no positive multiple of chunk_frames=4; use 8 or 12"),
+        ({"prompts": [STORY], "num_frames": 8}, "story"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        module(**changes)
