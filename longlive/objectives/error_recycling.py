@@ -4,7 +4,9 @@ arXiv 2510.09212; LongLive-2.0, arXiv 2605.18739).
 Rollout feeds the network its own errors; teacher forcing does not. So past prediction errors are kept, by bucket of the
 training grid, and added to what the network sees. With the prediction v_hat for the target v at noise level sigma:
 
-    E_x = x0_hat - x0 = (x_t - sigma v_hat) - x0,        E_n = eps_hat - eps = (1 - sigma) (v_hat - v).
+    E_x = x0_hat - x0 = (x_t - sigma v_hat) - x0,        E_n = (1 - sigma) (v_hat - v),
+
+and E_n is eps_hat - eps, the error of the noise, where no error was injected into the latent.
 
 A clip's step is *clean* with probability 0.2. Otherwise errors are injected, each kind by a draw of its own: into the
 clean history (an E_x of any bucket), into the latent before it is noised (an E_x of the chunk's bucket; the target

@@ -199,7 +199,7 @@ def test_all_entries_are_injected_alike_and_scaled_evenly() -> None:
 
 
 def test_a_clip_gets_errors_at_the_rates_of_the_design() -> None:
-    recycler, number = recycling(), 1500
+    recycler, number = recycling(), 800
     fill(recycler)
     step = replace(STEP, sample_ids=tuple(range(number)))
     got = {
@@ -315,7 +315,7 @@ def test_the_warm_up_records_all_clips_and_later_steps_one() -> None:
 
 def test_the_recorded_clip_is_drawn_evenly_and_may_be_clean() -> None:
     """A choice by the order of the batch would record one data rank's clips alone."""
-    recycler, number = recycling(warm_up_steps=0), 300
+    recycler, number = recycling(warm_up_steps=0), 150
     for index in range(number):
         step = replace(STEP, step=index, sample_ids=(0, 1, 2))
         inputs = inputs_of(step, torch.zeros(3, *SHAPE[1:]))
