@@ -264,7 +264,7 @@ def _cache_bytes(module: TeacherForcingModule, codec: VideoCodec, samples: Sampl
     dtype = CACHE_DTYPES[rollout.cache_dtype] if rollout.cache_dtype else torch.float32
     cache = KeyValueCache(
         num_layers=model.num_layers,
-        batch_size=len(samples.prompts) * (2 if rollout.guided else 1),
+        batch_size=len(samples.requests) * (2 if rollout.guided else 1),
         num_chunks=rollout.num_chunks(samples.num_frames),
         chunk_frames=rollout.chunk_frames,
         patches=model.patches(samples.height // ratio, samples.width // ratio),
