@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
+from longlive.data.prompts import StoryPrompt
 from longlive.data.toyworld import COLOURS, DIRECTIONS, GROUNDS, SHAPES, SIZE, SPEEDS, Scene, parse_caption, shape_mask
 from longlive.typing import Float, Int, Tensor, Video
 
@@ -171,15 +172,17 @@ class ToyWorldAccuracy(Metric):
         self.add_state("num_videos", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("num_speeds", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, videos: Video, prompts: Sequence[str]) -> None:
+    def update(self, videos: Video, prompts: Sequence[str | StoryPrompt]) -> None:
         """Add videos in [-1, 1] and the prompts they were made from.
 
         Raises:
-            ValueError: if there are not as many prompts as videos, or a prompt is none of the toy world's.
+            ValueError: if there are not as many prompts as videos, or a prompt is none of the toy world's or a story.
         """
         if len(videos) != len(prompts):
             raise ValueError(f"{len(videos)} videos and {len(prompts)} prompts: give one prompt per video")
         for video, prompt in zip(videos, prompts, strict=True):
+            if not isinstance(prompt, str):
+                raise ValueError(f"{prompt.name!r} is a story of several shots; metric=toyworld_stories measures those")
             scene = parse_caption(prompt)
             expected = truth(scene).to(self.correct.device)
             for span, found in enumerate(measure(video)):

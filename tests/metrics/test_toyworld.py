@@ -13,6 +13,7 @@ import torch.distributed as dist
 from helpers.distributed import run_on_ranks
 from longlive import rng
 from longlive.codecs.dct import DCTCodec
+from longlive.data.prompts import StoryPrompt
 from longlive.data.toyworld import COLOURS, DIRECTIONS, GROUNDS, SHAPES, Scene, random_scene, render
 from longlive.metrics.toyworld import (
     ATTRIBUTES,
@@ -226,6 +227,8 @@ def test_there_is_one_prompt_of_the_toy_world_per_video() -> None:
         ToyWorldAccuracy().update(videos, [SCENE.caption()])
     with pytest.raises(ValueError, match="names no ground"):
         ToyWorldAccuracy().update(videos, [SCENE.caption(), "a red circle moves right"])
+    with pytest.raises(ValueError, match="'x' is a story of several shots; metric=toyworld_stories"):
+        ToyWorldAccuracy().update(videos, [SCENE.caption(), StoryPrompt("x", (SCENE.caption(),))])
 
 
 def test_places_are_means_on_the_torus() -> None:
