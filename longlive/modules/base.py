@@ -11,7 +11,6 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from longlive.data.sample import ClipWindow
 from longlive.diffusion.schedule import FlowSchedule
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
+from longlive.models.wan.weights import check_weights, open_weights
 from longlive.parallel.checkpoint import check_same_shapes, with_frozen
 from longlive.parallel.codec_halo import clip_window, encode_window
 from longlive.parallel.layout import check_heads
@@ -58,8 +58,8 @@ class LongLiveModule(LightningModule):
         chunk_frames: frames denoised together.
         optimizer: makes the optimizer from the named trainable parameters, as torch's optimizers take them.
         learning_rate: makes the learning-rate schedule, stepped once per optimizer step; None: constant.
-        weights: where the network's weights start from: safetensors in Wan's or diffusers' names (a file, an index or a
-            folder). None: `init_weights(seed)`. This is not how a run is resumed.
+        weights: where the network's weights start from: a downloaded folder or a file of one, of Wan, diffusers or
+            LongLive; see `longlive.models.wan.weights`. None: `init_weights(seed)`. This is not how a run is resumed.
         rollout: how this network is meant to be rolled out; samples during training use it, and `generate` starts from
             it.
         seed: names every random draw of the run.
@@ -99,10 +99,10 @@ class LongLiveModule(LightningModule):
                 f"rollout.chunk_frames={rollout.chunk_frames} differs from chunk_frames={chunk_frames}; a model "
                 "rolls out in the chunks that it was trained on"
             )
-        if weights is not None and not Path(weights).exists():
-            raise ValueError(
-                f"weights={weights!r} does not exist; give a safetensors file, its index, or a folder of them"
-            )
+        if weights is not None:
+            with torch.device("meta"):
+                sizes = CausalWan(model)
+            check_weights(sizes, open_weights(weights), weights)
         self.model_config = model
         # In a tuple, so that they are no submodules.
         self._frozen = (codec.eval().requires_grad_(False), text_encoder.eval().requires_grad_(False))

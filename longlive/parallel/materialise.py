@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
+from longlive.data.weight_files import StoredTensor
 from longlive.models.wan.model import CausalWan
-from longlive.models.wan.weights import StoredTensor, stored_weights
+from longlive.models.wan.weights import stored_weights
 from longlive.typing import Tensor
 
 
@@ -27,7 +28,7 @@ def materialise(
     Args:
         network: on meta, or its weights are lost; parameters keep their dtypes. Adapters get memory alone.
         device: where to.
-        weights: safetensors as `load_weights` takes them. None: `initial_weights(seed)`.
+        weights: files as `load_weights` takes them. None: `initial_weights(seed)`.
         seed: of the initial weights.
 
     Raises:

@@ -109,7 +109,7 @@ def test_the_codec_follows_the_module_to_its_device(settings: dict[str, Any]) ->
         ({"chunk_frames": 0}, "chunk_frames=0 must be at least 1"),
         ({"rollout": RolloutSettings(chunk_frames=4)}, "rollout.chunk_frames=4 differs from chunk_frames=2"),
         ({"rollout": RolloutSettings(chunk_frames=2, cache_dtype="nvfp4")}, "head_dim=24 is no multiple of it"),
-        ({"weights": "/nowhere/model.safetensors"}, "weights='/nowhere/model.safetensors' does not exist"),
+        ({"weights": "/nowhere/model.safetensors"}, "/nowhere/model.safetensors does not exist; give a folder"),
         ({"prompt_dropout": 1.0}, "prompt_dropout=1.0 must be at least 0 and below 1"),
         ({"noise_augmentation": -0.1}, "noise_augmentation=-0.1 must be at least 0 and below 1"),
         ({"window": 5}, "window=5 is no multiple of chunk_frames=2; use 4 or 6"),

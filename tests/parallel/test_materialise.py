@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from helpers.distributed import RankError, run_on_ranks
-from longlive.models.wan import weights as wan_weights
+from longlive.data import weight_files
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
 from longlive.models.wan.weights import save_weights
@@ -57,7 +57,7 @@ def test_initial_weights_do_not_depend_on_the_number_of_ranks(num_ranks):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Random weights in both namings, in several files."""
+    """Random weights in both namings, in several files, and in one of LongLive's."""
     network = on_meta()
     tensors = {
         name: draw(*tensor.shape, seed=index) for index, (name, tensor) in enumerate(network.state_dict().items())
@@ -66,12 +66,14 @@ def saved(tmp_path_factory):
     for naming, folder in folders.items():
         save_weights(tensors, CONFIG, folder, naming, max_shard_bytes=20_000)
         assert len(list(folder.glob("*.safetensors"))) > 3
+    folders["longlive"] = tmp_path_factory.mktemp("weights") / "model.pt"
+    torch.save({"generator": {f"model.{name}": tensor for name, tensor in tensors.items()}}, folders["longlive"])
     return tensors, folders
 
 
 @pytest.mark.parametrize(
     ("num_ranks", "naming", "hybrid"),
-    [(1, "diffusers", False), (2, "diffusers", False), (4, "original", False), (4, "diffusers", True)],
+    [(1, "diffusers", False), (2, "longlive", False), (4, "original", False), (4, "diffusers", True)],
 )
 def test_stored_weights_reach_every_rank_bit_for_bit(saved, naming, num_ranks, hybrid):
     tensors, folders = saved
@@ -84,11 +86,11 @@ def test_stored_weights_reach_every_rank_bit_for_bit(saved, naming, num_ranks, h
 @contextmanager
 def counted_reads():
     """Every tensor that leaves a safetensors file while the context lasts: its bytes."""
-    reads, open_file = [], wan_weights.safe_open
+    reads, open_file = [], weight_files.safe_open
 
     class CountedSlice:
         def __init__(self, stored):
-            self.get_shape, self.stored = stored.get_shape, stored
+            self.get_shape, self.get_dtype, self.stored = stored.get_shape, stored.get_dtype, stored
 
         def __getitem__(self, where):
             part = self.stored[where]
@@ -112,11 +114,11 @@ def counted_reads():
         def get_slice(self, name):
             return CountedSlice(self.file.get_slice(name))
 
-    wan_weights.safe_open = CountedFile
+    weight_files.safe_open = CountedFile
     try:
         yield reads
     finally:
-        wan_weights.safe_open = open_file
+        weight_files.safe_open = open_file
 
 
 def bytes_read(folder):

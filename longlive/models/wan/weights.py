@@ -1,36 +1,39 @@
-"""Wan weights on disk: two naming schemes, sharded safetensors, one tensor in memory at a time.
+"""Wan weights on disk: two naming schemes, several kinds of files, one tensor in memory at a time.
 
 `original` is the naming of Wan's release and of `CausalWan`; `diffusers` that of `WanTransformer3DModel`. The tensors
-are the same, shape by shape; only names differ, and the tables below are the whole difference. A folder holds
+are the same, shape by shape; only names differ, and the tables below are the whole difference. Written is a folder with
 `config.json` and either `diffusion_pytorch_model.safetensors` or numbered shards with an index, as both projects
-publish them.
+publish them. Read is also
+
+- a whole download: of Wan's release, where the network lies beside codec and text encoder, or of diffusers', where it
+  has the folder `transformer/`;
+- what LongLive's trainers wrote (`model.pt`): a state under `generator_ema`, `generator` or `model`, whose names begin
+  with `model.` and may carry FSDP's wrappers. The average is taken where there is one, as everywhere here.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from longlive.data.weight_files import StoredTensor, TensorFiles, check_tensors, find_files
 from longlive.models.wan.config import Naming, WanConfig
 from longlive.models.wan.model import CausalWan
 from longlive.typing import Tensor
 
 FILE_NAME = "diffusion_pytorch_model"
 
-
-class StoredTensor(Protocol):
-    """A tensor in a file. Indexing it by slices reads that part of it, by `()` the whole."""
-
-    def __getitem__(self, where: tuple[slice, ...]) -> Tensor: ...
-
+PLACES = ("*.safetensors", "transformer/*.safetensors", "*.pt")
+"""Where a folder keeps the network: Wan's release or diffusers' `transformer/` itself, a whole pipeline, LongLive's."""
+ADAPTER_STATE = "generator_lora"
+STATES = ("generator_ema", "generator", "model", ADAPTER_STATE)
+"""What LongLive's files call it; the last is an adapter, to be refused by that name."""
 
 _TOP_NAMES = {
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -100,14 +103,14 @@ def load_weights(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Fill a network from safetensors, in whichever naming they are.
+    """Fill a network from files, in whichever naming they are.
 
     Parameters on the meta device are replaced by loaded ones; others are overwritten in place and keep their dtype and
     device. Beyond the network itself, memory holds one tensor at a time.
 
     Args:
         model: a `CausalWan`, freshly built.
-        path: a `.safetensors` file, or a folder with one such file or with shards and their index.
+        path: a `.safetensors` file, the index of shards, a `.pt` file, or a folder that holds them; see the module.
         dtype: of the parameters loaded onto meta; None: as stored.
         device: of the parameters loaded onto meta.
 
@@ -129,11 +132,41 @@ def stored_weights(model: nn.Module, path: str | Path) -> Iterator[tuple[str, St
     Raises:
         ValueError: as `load_weights`, before the first tensor.
     """
-    files = _files(Path(path))
-    stored = {name: shape for file in files for name, shape in _shapes(file)}
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _check(stored, wanted, path)
-    return _tensors(files)
+    files = open_weights(path)
+    check_weights(model, files, path)
+    return ((original_name(name), tensor) for name, tensor in files)
+
+
+def open_weights(path: str | Path) -> TensorFiles:
+    """The files of a network, in either naming.
+
+    Args:
+        path: as in `load_weights`.
+
+    Raises:
+        ValueError: if there are none, or they cannot be read.
+    """
+    return TensorFiles.open(find_files(path, PLACES, "Wan weights"), STATES)
+
+
+def check_weights(model: nn.Module, files: TensorFiles, source: str | Path) -> None:
+    """Compare names and shapes with a network's.
+
+    Args:
+        model: it may be on meta or sharded.
+        files: in either naming.
+        source: what to call them.
+
+    Raises:
+        ValueError: if they differ, or are those of an adapter.
+    """
+    if any(".lora_A." in name for name in files.shapes):
+        raise ValueError(
+            f"{source} holds a LoRA, not a network: give the network that it was trained on, and add it by "
+            "longlive.adapters.lora.load_adapter"
+        )
+    stored = {original_name(name): shape for name, shape in files.shapes.items()}
+    check_tensors(stored, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, source)
 
 
 def save_weights(
@@ -164,7 +197,7 @@ def save_weights(
         raise ValueError(f"{folder} exists, and weights never overwrite; choose another folder or remove it")
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in CausalWan(config).state_dict().items()}
-    _check({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted, "the tensors to save")
+    check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted, "the tensors to save")
 
     shards: list[list[str]] = [[]]
     shard_bytes = total_bytes = 0
@@ -194,64 +227,6 @@ def save_weights(
         index_of_shards = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (partial / f"{FILE_NAME}.safetensors.index.json").write_text(json.dumps(index_of_shards, indent=2) + "\n")
     partial.rename(folder)
-
-
-def _files(path: Path) -> list[Path]:
-    """The safetensors files of a path."""
-    if path.is_file():
-        return [path]
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    files = sorted(path.glob("*.safetensors"))
-    if len(indices) == 1:
-        files = [path / name for name in sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}, which {indices[0].name} names; complete the download")
-    elif len(files) != 1:
-        raise ValueError(
-            f"{path} holds {len(files)} safetensors files and {len(indices)} indices; give a folder with one file, or "
-            "with shards and one index"
-        )
-    return files
-
-
-def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, StoredTensor]]:
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a safe_open is no dict
-                yield original_name(name), tensors.get_slice(name)
-
-
-def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Original names and shapes, from the file's header alone."""
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - a safe_open is no dict
-            yield original_name(name), tuple(tensors.get_slice(name).get_shape())
-
-
-def _check(
-    stored: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, tuple[int, ...]],
-    source: str | Path,
-) -> None:
-    """Raise the `ValueError` that lists the first differences."""
-    num_listed = 4
-    differences = {
-        "missing": [name for name in wanted if name not in stored],
-        "unexpected": [name for name in stored if name not in wanted],
-        "of another shape": [
-            f"{name} {list(stored[name])} instead of {list(wanted[name])}"
-            for name in wanted
-            if name in stored and stored[name] != wanted[name]
-        ],
-    }
-    found = [
-        f"{len(names)} {kind}: {', '.join(names[:num_listed])}{', ...' if len(names) > num_listed else ''}"
-        for kind, names in differences.items()
-        if names
-    ]
-    if found:
-        raise ValueError(f"{source} does not fit the network. {'; '.join(found)}. Use the config that belongs to it")
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> None:

@@ -175,5 +175,102 @@ def test_an_incomplete_download_names_what_is_missing(tmp_path):
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     CONFIG.to_json(tmp_path / "config.json")
-    with pytest.raises(ValueError, match="holds 0 safetensors files"):
+    with pytest.raises(
+        ValueError, match=r"no Wan weights: looked for \*\.safetensors, transformer/\*\.safetensors, \*\.pt"
+    ):
         load_wan(tmp_path)
+
+
+def save_as_longlive(tensors, path, state="generator", prefix="model.", **others):
+    """A trainer's checkpoint: one state among others, its names with the trainer's prefix."""
+    torch.save({state: {f"{prefix}{name}": tensor for name, tensor in tensors.items()}, "step": 600, **others}, path)
+    return path
+
+
+@pytest.mark.parametrize("state", ["generator", "generator_ema", "model"])
+@pytest.mark.parametrize("prefix", ["", "model.", "model._fsdp_wrapped_module."])
+def test_a_longlive_file_loads(state, prefix, tmp_path):
+    tensors = random_tensors()
+    model = CausalWan(CONFIG)
+    load_weights(model, save_as_longlive(tensors, tmp_path / "model.pt", state, prefix))
+    assert_holds(model, tensors)
+
+
+def test_wrappers_inside_a_name_are_no_part_of_it(tmp_path):
+    tensors = random_tensors()
+    wrapped = {
+        name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module._fsdp_wrapped_module."): tensor
+        for name, tensor in tensors.items()
+    }
+    model = CausalWan(CONFIG)
+    load_weights(model, save_as_longlive(wrapped, tmp_path / "model.pt", prefix="_orig_mod.model."))
+    assert_holds(model, tensors)
+
+
+def test_of_two_states_the_average_is_taken_and_said(tmp_path, caplog):
+    average, latest = random_tensors(seed=0), random_tensors(seed=1)
+    path = save_as_longlive(average, tmp_path / "model.pt", "generator_ema", generator=latest)
+    model = CausalWan(CONFIG)
+    with caplog.at_level("INFO", logger="longlive"):
+        load_weights(model, path)
+    assert_holds(model, average)
+    assert f"{path}: taking generator_ema" in caplog.text
+
+
+def test_a_file_of_tensors_alone_loads_in_either_naming(tmp_path):
+    tensors = random_tensors()
+    torch.save({diffusers_name(name): tensor for name, tensor in tensors.items()}, tmp_path / "wan.pt")
+    model = CausalWan(CONFIG)
+    load_weights(model, tmp_path)
+    assert_holds(model, tensors)
+
+
+def test_what_is_loaded_from_a_mapped_file_is_no_part_of_it(tmp_path):
+    """A network whose weights are the file's own pages would lose them with the file."""
+    tensors = random_tensors()
+    path = save_as_longlive(tensors, tmp_path / "model.pt")
+    with torch.device("meta"):
+        model = CausalWan(CONFIG)
+    load_weights(model, path)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert_holds(model, tensors)
+
+
+@pytest.mark.parametrize("layout", ["wan", "diffusers"])
+def test_a_whole_download_is_enough(layout, tmp_path):
+    """Beside the network lie other models, in folders and in PyTorch files of their own."""
+    tensors = random_tensors()
+    if layout == "wan":
+        save_weights(tensors, CONFIG, tmp_path / "all", "original", max_shard_bytes=25_000)
+        torch.save({"encoder.conv1.weight": torch.zeros(1)}, tmp_path / "all" / "Wan2.2_VAE.pth")
+    else:
+        save_weights(tensors, CONFIG, tmp_path / "all" / "transformer", "diffusers", max_shard_bytes=25_000)
+        (tmp_path / "all" / "vae").mkdir()
+        save_file({"encoder.conv_in.weight": torch.zeros(1)}, tmp_path / "all" / "vae" / "model.safetensors")
+    model = CausalWan(CONFIG)
+    load_weights(model, tmp_path / "all")
+    assert_holds(model, tensors)
+
+
+def test_the_index_of_shards_is_enough(tmp_path):
+    tensors = random_tensors()
+    save_weights(tensors, CONFIG, tmp_path / "wan", max_shard_bytes=25_000)
+    model = CausalWan(CONFIG)
+    load_weights(model, tmp_path / "wan" / "diffusion_pytorch_model.safetensors.index.json")
+    assert_holds(model, tensors)
+
+
+def test_a_longlive_file_of_another_network_is_refused_by_name(tmp_path):
+    tensors = random_tensors()
+    tensors["head.head.weight_packed"] = tensors.pop("head.head.weight")
+    path = save_as_longlive(tensors, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"1 missing: head\.head\.weight; 1 unexpected: head\.head\.weight_packed"):
+        stored_weights(CausalWan(CONFIG), path)
+
+
+@pytest.mark.parametrize("state", ["generator_lora", "generator"])
+def test_an_adapter_is_no_network(state, tmp_path):
+    tensors = {"base_model.model.blocks.0.ffn.0.lora_A.weight": torch.zeros(4, 24)}
+    with pytest.raises(ValueError, match=r"holds a LoRA, not a network.*lora\.load_adapter"):
+        load_weights(CausalWan(CONFIG), save_as_longlive(tensors, tmp_path / "lora.pt", state, prefix=""))
