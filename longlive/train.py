@@ -2,6 +2,10 @@
 
 A run lives in one directory. Started again with the same command, it continues from its newest complete checkpoint
 (`resume=auto`); `initialise_from` is something else: it takes the weights of another run and starts at step 0.
+
+How a run ends is known afterwards. It finishes; or a signal stops it at the end of a step, with a checkpoint, and the
+process exits with `EXIT_STOPPED`; or it fails, and the error leaves the process. `run.json` tells which
+(`longlive doctor run`), and is the first thing that training writes.
 """
 
 from __future__ import annotations
@@ -9,17 +13,23 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from longlive.callbacks.ema import averaged_weights
 from longlive.callbacks.initial_weights import InitialWeights
+from longlive.callbacks.provenance import Provenance, origin
+from longlive.callbacks.run_record import RunRecord
+from longlive.callbacks.stop_on_signal import StopOnSignal
 from longlive.config import instantiate, to_plain
+from longlive.data.workers import DataWorkerError
 from longlive.modules.base import LongLiveModule
 from longlive.parallel.checkpoint import (
     AtomicCheckpointIO,
@@ -28,6 +38,7 @@ from longlive.parallel.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
+from longlive.parallel.launcher import EXIT_STOPPED, exit_soon
 from longlive.parallel.strategy import ShardedStrategy
 
 log = logging.getLogger(__name__)
@@ -39,6 +50,7 @@ def train(config: DictConfig) -> Trainer:
     Raises:
         ValueError: if a setting is wrong, before any work; the message names it.
         FileNotFoundError: if data or a checkpoint that a setting names is missing.
+        SystemExit: with `EXIT_STOPPED`, if a signal ended the run before its last step; its checkpoint is complete.
     """
     _quieten()
     directory = Path(config.directory)
@@ -49,11 +61,34 @@ def train(config: DictConfig) -> Trainer:
     trainer = make_trainer(config)
     if config.initialise_from is not None and checkpoint is None:
         initialise(trainer, module, find_checkpoint(config.initialise_from))
-    # Written once the run trains: a start that is refused leaves the config of an earlier one as it was.
-    trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: _save_config(module, directory)))  # type: ignore[attr-defined]
+    # Written once the run trains: a start that is refused leaves the records of an earlier one as they were.
+    came_from = origin(Path.cwd())
+    trainer.callbacks += [  # type: ignore[attr-defined]
+        LambdaCallback(on_train_start=lambda *_: _save_config(module, directory)),
+        Provenance(module.run_config, came_from),
+        RunRecord(directory, came_from),
+    ]
     log.info("continuing from %s", checkpoint) if checkpoint else log.info("a new run in %s", directory)
-    trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    _fit(trainer, module, datamodule, checkpoint)
     return trainer
+
+
+def _fit(trainer: Trainer, module: LongLiveModule, datamodule: LightningDataModule, checkpoint: Path | None) -> None:
+    """Train to the end, or until a signal stops the run: then exit."""
+    with ExitStack() as stack:
+        listeners = [callback for callback in _callbacks(trainer) if isinstance(callback, StopOnSignal)]
+        for listener in listeners:
+            stack.enter_context(listener.listening())
+        try:
+            trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+        except SIGTERMException as stopped:  # Lightning's, of a signal just before training: its exit code is success
+            raise SystemExit(EXIT_STOPPED) from stopped
+        except DataWorkerError:
+            exit_soon()  # a worker that hangs in the kernel cannot be killed, and Python would wait for it
+            raise
+        if any(listener.stopped_by for listener in listeners):
+            log.warning("stopped at step %d; the same command continues from there", trainer.global_step)
+            raise SystemExit(EXIT_STOPPED)
 
 
 def lightning_strategy(name: str) -> str:
@@ -92,6 +127,10 @@ def initialise(trainer: Trainer, module: LongLiveModule, checkpoint: Path) -> No
     weights = module.weights_of(averaged_weights(load_checkpoint(checkpoint)))
     check_same_shapes(module.state_dict(), weights)
     module.load_state_dict(weights)
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 @rank_zero_only

@@ -1,8 +1,8 @@
 """Lightning's `ModelCheckpoint` for runs that are killed and continued.
 
-It differs in two things. A checkpoint is also written after the last step, whatever the interval: no step that was
-trained is lost. And what was logged up to a checkpoint is on the disk before the checkpoint is, so the curves of a run
-that was killed and continued have no hole.
+It differs in two things. A checkpoint is also written after the last step, whatever the interval, and after the step
+at which a run is told to stop: no step that was trained is lost. And what was logged up to a checkpoint is on the disk
+before the checkpoint is, so the curves of a run that was killed and continued have no hole.
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ class RunCheckpoint(ModelCheckpoint):
         # A resumed run has this one already. Lightning forgets, and would write it again after the next micro-batch,
         # in the middle of a gradient accumulation.
         self._last_global_step_saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        is_whole_step = not trainer.fit_loop._should_accumulate()
+        if trainer.should_stop and is_whole_step and not self._should_skip_saving_checkpoint(trainer):
+            # Now: whoever tells a run to stop may not wait for what Lightning does before the end of training.
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

@@ -34,6 +34,7 @@ from longlive.data.sample import ClipSpec, ReadsWindows, collate
 from longlive.data.shards import is_local
 from longlive.data.shots import SCENE_CUT_PHRASE, ShotRules
 from longlive.data.streamed import StreamedShards
+from longlive.data.workers import WatchedLoader
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class VideoDataModule(LightningDataModule):
         num_workers: decoding processes of each loader; 0 decodes in the training process. Never changes the order.
         seed: of the order and of the temporal crops.
         reader: `"indexed"` (local directories), `"streamed"` (anything WebDataset can open), or `"auto"`.
+        reader_timeout: seconds that training waits for a batch of the data workers before it gives up, naming the
+            sample; None: for ever. Without workers nobody watches the reader.
         temporal_ratio: raw frames per frame, the codec's.
         decoder: `"pyav"`, or `"decord"` (decord where it is frame-accurate, PyAV elsewhere).
         scene_cut_phrase, max_chunks_per_shot, forced_cut_margin: what becomes of the shots of a video; see `ShotRules`.
@@ -79,6 +82,7 @@ class VideoDataModule(LightningDataModule):
         num_workers: int = 1,
         seed: int = 0,
         reader: str = "auto",
+        reader_timeout: float | int | None = None,
         temporal_ratio: int = 4,
         decoder: str = "pyav",
         scene_cut_phrase: str = SCENE_CUT_PHRASE,
@@ -100,12 +104,15 @@ class VideoDataModule(LightningDataModule):
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers} must be at least 0 (0: decode in the training process)")
+        if reader_timeout is not None and reader_timeout <= 0:
+            raise ValueError(f"reader_timeout={reader_timeout} must be positive, or null to wait for ever")
         if reader not in ("auto", "indexed", "streamed"):
             raise ValueError(f"reader={reader!r} is unknown; use 'auto', 'indexed' or 'streamed'")
         if global_batch_size is not None:
             accumulation(global_batch_size, batch_size, data_size=1)
         self.global_batch_size = global_batch_size
         self.batch_size, self.num_workers, self.seed, self.reader = batch_size, num_workers, seed, reader
+        self.reader_timeout = reader_timeout
         remote = [str(location) for location in (*_as_list(train), *_as_list(val)) if not is_local(location)]
         if reader == "indexed" and remote:
             raise ValueError(
@@ -117,6 +124,7 @@ class VideoDataModule(LightningDataModule):
                 "neither train nor val is given; name a directory of shards (`longlive shards` writes one)"
             )
         self._datasets: dict[str, ShardReader] = {}
+        self._loaders: list[WatchedLoader] = []
         self._samples_at_start = 0
         self._batches_at_start = 0
 
@@ -208,6 +216,18 @@ class VideoDataModule(LightningDataModule):
         """Distinct samples that were unreadable and replaced so far, in this process and its workers."""
         return sum(dataset.unreadable.count for dataset in self._datasets.values())
 
+    def keys_of(self, sample_ids: Sequence[int]) -> list[str]:
+        """What the training shards call these samples."""
+        samples = self._datasets["train"].samples
+        return [samples[sample_id].entry.key for sample_id in sample_ids]
+
+    def on_exception(self, exception: BaseException) -> None:
+        """A worker's death is noticed wherever the training process is at that moment."""
+        for loader in self._loaders:
+            explained = loader.explain(exception)
+            if explained is not None:
+                exception.add_note(explained)
+
     @property
     def samples_consumed(self) -> int:
         """Training samples that went through a training step, over all ranks and since the first step of the run."""
@@ -272,14 +292,18 @@ class VideoDataModule(LightningDataModule):
         return self._loader(dataset, FinitePositionBatches(len(dataset), self.batch_size, *self.data_parallel()))
 
     def _loader(self, dataset: ShardReader, batches: PositionBatches | FinitePositionBatches) -> DataLoader[Any]:
-        return DataLoader(
+        if self.reader_timeout is not None and not self.num_workers:
+            log.info("num_workers=0: the training process reads its samples itself, and reader_timeout watches nobody")
+        loader = WatchedLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            timeout=self.reader_timeout,
             pin_memory=torch.cuda.is_available(),
         )
+        self._loaders.append(loader)
+        return loader
 
 
 def _as_list(locations: Locations) -> list[str | Path]:

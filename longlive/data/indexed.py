@@ -41,6 +41,7 @@ class IndexedShards(ShardReader):
         for candidate_position in count(position):
             epoch, place = divmod(candidate_position, len(self.samples))
             sample_id = self._order(epoch)[place]
+            self.reading.begin(sample_id)
             yield Candidate(sample_id, epoch, self._read(sample_id))
 
     def _read(self, sample_id: int) -> dict[str, bytes] | UnreadableSampleError:

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from longlive.data.sample import ClipSpec, UnreadableSampleError, VideoSample, decode_sample
 from longlive.data.shards import ShardSample, load_index
+from longlive.data.workers import Reading
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,8 @@ class ShardReader(Dataset[VideoSample], ABC):
             StoredSample(location, entry) for location in locations for entry in load_index(location).samples
         ]
         self.unreadable = UnreadableSamples(len(self.samples))
+        self.reading = Reading(num_workers=0)
+        """What the loader's workers are at; the loader makes one for its number of them."""
 
     @abstractmethod
     def candidates(self, position: int) -> Iterator[Candidate]:
@@ -103,18 +106,25 @@ class ShardReader(Dataset[VideoSample], ABC):
         """
         tries = min(len(self.samples), MAX_UNREADABLE_IN_A_ROW)
         for candidate in islice(self.candidates(position), tries):
+            self.reading.begin(candidate.sample_id)
             try:
                 sample = self._decode(candidate)
             except UnreadableSampleError as error:
                 self.unreadable.report(candidate.sample_id, self.samples[candidate.sample_id], error)
                 last_error = error
             else:
+                self.reading.end()
                 is_padding = not self.shuffle and position >= len(self.samples)
                 return replace(sample, num_valid_frames=0) if is_padding else sample
         raise RuntimeError(
             f"{tries} samples in a row are unreadable, so the shards are at fault and not single samples; "
             f"the last one: {last_error}"
         )
+
+    def name(self, sample_id: int) -> str:
+        """Key and shard of a sample, for messages."""
+        entry = self.samples[sample_id].entry
+        return f"{entry.key} in {entry.shard}"
 
     def _decode(self, candidate: Candidate) -> VideoSample:
         if isinstance(candidate.members, UnreadableSampleError):

@@ -127,6 +127,7 @@ class StreamedShards(ShardReader):
 
         places = {self.samples[sample_id].entry.key: place for place, sample_id in enumerate(sample_ids)}
         next_place = 0
+        self.reading.begin(sample_ids[0])
         try:
             with webdataset.gopen(url) as stream:
                 files = tar_file_expander([{"url": url, "stream": stream}], handler=keep_error)
@@ -138,6 +139,7 @@ class StreamedShards(ShardReader):
                         yield UnreadableSampleError(f"it is missing in {url}")
                     yield {name: content for name, content in found.items() if not name.startswith("__")}
                     next_place = place + 1
+                    self.reading.begin(sample_ids[min(next_place, len(sample_ids) - 1)])
         except OSError as error:
             keep_error(error)
         reason = f": {errors[-1]}" if errors else ""

@@ -219,7 +219,7 @@ class DistillationModule(LongLiveModule):
             values: gets loss, gradient norm and seconds, under names that begin with the role's.
 
         Raises:
-            RuntimeError: naming a role, if something is not finite.
+            NonFiniteError: naming a role, if something is not finite.
         """
         start = time.perf_counter()
         with torch.set_grad_enabled(role == STUDENT):

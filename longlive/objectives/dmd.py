@@ -31,6 +31,7 @@ from longlive import rng
 from longlive.diffusion.guidance import guide
 from longlive.diffusion.path import add_noise, velocity_target, x0_from_velocity
 from longlive.diffusion.schedule import TIMESTEP_SCALE, FlowSchedule
+from longlive.objectives.finite import NonFiniteError
 from longlive.objectives.teacher_forcing import frame_errors
 from longlive.typing import Bool, Float, Int, Latents, PerFrame, Tensor
 
@@ -202,7 +203,7 @@ def student_loss(
 
     Raises:
         ValueError: if guidance and `unconditional` do not belong together, or the draws are for other frames.
-        RuntimeError: naming the role, if something is not finite.
+        NonFiniteError: naming the role, if something is not finite.
     """
     if (guidance != 0) != (unconditional is not None):
         need = "needs" if guidance != 0 else "takes no"
@@ -243,7 +244,7 @@ def critic_loss(
 
     Raises:
         ValueError: if the draws are for other frames.
-        RuntimeError: naming the role, if something is not finite.
+        NonFiniteError: naming the role, if something is not finite.
     """
     x = rollout.detach()
     require_finite(x, "student", "the rollout")
@@ -273,7 +274,7 @@ def require_finite(values: Tensor, role: str, what: str) -> None:
     """Stop where a role makes something that is no number.
 
     Raises:
-        RuntimeError: naming role, what it is and which samples of the batch have it.
+        NonFiniteError: naming role, what it is and which samples of the batch have it.
     """
     finite = values.detach().isfinite()
     if bool(finite.all()):
@@ -282,7 +283,7 @@ def require_finite(values: Tensor, role: str, what: str) -> None:
     if values.ndim > 1:
         samples: Int[Tensor, " bad"] = (~finite.flatten(1).all(dim=1)).nonzero().flatten()
         where = f" in samples {samples.tolist()} of the batch"
-    raise RuntimeError(
+    raise NonFiniteError(
         f"{role}: {what} is not finite{where}. The run stops here, because replacing it would hide that; continue from "
         "the last checkpoint with lower learning rates or smaller gradient clipping"
     )

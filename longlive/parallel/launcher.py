@@ -28,6 +28,10 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 EXIT_SECONDS = 20.0
 """What a process whose run has failed may take to exit, from the moment that Python begins to."""
 
+EXIT_STOPPED = 75
+"""What a process whose run a signal has stopped exits with (EX_TEMPFAIL of <sysexits.h>): the checkpoint is complete,
+and the same command goes on from it."""
+
 _LAUNCHER = "LONGLIVE_LAUNCHER"
 """Tells a child which process started it; by the time it can ask the system, that one may be gone."""
 
@@ -65,7 +69,8 @@ class JointLauncher(_SubprocessScriptLauncher):
                 process.kill()
             process.wait()
         codes = [process.returncode for process in self.procs]
-        if not self.failed and any(codes):
+        # A run that is stopped is stopped on all ranks.
+        if not self.failed and set(codes) - {0, EXIT_STOPPED}:
             log.error("ranks 1 to %d ended with exit codes %s", len(codes), codes)
             _leave()
 
