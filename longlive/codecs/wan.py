@@ -19,8 +19,9 @@ dtype.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from longlive import rng
 from longlive.codecs.base import FeatureCache, ResumableCodec, StreamDecoder
 from longlive.codecs.halo import MeasuredHalo
 from longlive.codecs.memory import LiveBytes
+from longlive.codecs.wan_weights import ORIGINAL_FILE, load_original
 from longlive.typing import Float, Latents, Tensor, Video
 
 # fmt: off
@@ -119,27 +121,29 @@ class WanVideoCodec(ResumableCodec):
         return cls(autoencoder, dtype)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> WanVideoCodec:
-        """Read a diffusers folder: the autoencoder's own (`config.json`, `*.safetensors`) or a pipeline's, with `vae/`.
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, config: Mapping[str, Any] | None = None
+    ) -> WanVideoCodec:
+        """Read the autoencoder of a download: Wan's `Wan2.2_VAE.pth`, in its folder or by itself; or diffusers', the
+        autoencoder's own folder (`config.json`, `*.safetensors`) or a pipeline's, with `vae/`.
 
-        `halo_frames` is the measured halo, if one lies in the folder (`halo.json`, by `tools/measure_halo.py`), else
-        the exact one.
+        `halo_frames` is the measured halo, if one lies beside the weights (`halo.json`, by `tools/measure_halo.py`),
+        else the exact one.
+
+        Args:
+            folder: or file.
+            dtype: of the weights.
+            config: what differs from Wan2.2-TI2V-5B's settings, for a file of Wan's kind, which says nothing of them.
 
         Raises:
             ValueError: if there is no such folder, no autoencoder in it, its weights are not the configuration's, or
                 its halo is none of this codec's.
         """
         source = autoencoder_folder(folder)
-        autoencoder, loading = AutoencoderKLWan.from_pretrained(
-            source, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        # diffusers only logs these, and leaves a missing weight at its random initial value.
-        if loading["missing_keys"] or loading["unexpected_keys"]:
-            raise ValueError(
-                f"the weights in {source} are not those of its config.json: missing "
-                f"{sorted(loading['missing_keys'])[:3]}, unexpected {sorted(loading['unexpected_keys'])[:3]} (the "
-                "first 3 of each); download the folder again"
-            )
+        original = original_file(folder)
+        if original is None and config is not None:
+            raise ValueError(f"{source} has a config.json of its own; give no config")
+        autoencoder = _read_diffusers(source, dtype) if original is None else _read_original(original, dtype, config)
         codec = cls(autoencoder)
         measured = MeasuredHalo.read(source)
         if measured is not None:
@@ -298,18 +302,64 @@ def exact_halo_frames(temporal_downsample: list[bool], num_res_blocks: int) -> i
 
 
 def autoencoder_folder(folder: str | Path) -> Path:
-    """Where a diffusers folder keeps its autoencoder: itself, or `vae/` of a pipeline.
+    """Where a download keeps its autoencoder: itself, `vae/` of a diffusers pipeline, or where the given file lies.
 
     Raises:
         ValueError: if there is none.
     """
+    original = original_file(folder)
+    if original is not None:
+        return original.parent
     for source in (Path(folder), Path(folder, "vae")):
-        if (source / "config.json").is_file():
+        if _describes_autoencoder(source / "config.json"):
             return source
     raise ValueError(
-        f"codec folder={folder} holds no config.json, neither itself nor in vae/; point it at a downloaded diffusers "
-        "folder such as Wan2.2-TI2V-5B-Diffusers"
+        f"codec folder={folder} holds no config.json of an AutoencoderKLWan, neither itself nor in vae/, and no "
+        f"{ORIGINAL_FILE}; point it at a downloaded Wan2.2-TI2V-5B or Wan2.2-TI2V-5B-Diffusers"
     )
+
+
+def original_file(folder: str | Path) -> Path | None:
+    """The codec's file in a download of Wan's kind, or the file itself; None: there is none."""
+    path = Path(folder)
+    candidate = path if path.is_file() else path / ORIGINAL_FILE
+    return candidate if candidate.is_file() else None
+
+
+def autoencoder_config(folder: str | Path) -> dict[str, Any]:
+    """Sizes and statistics of a download's autoencoder, by diffusers' names; Wan2.2-TI2V-5B's for a file of Wan's kind.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    source = autoencoder_folder(folder)
+    return TI2V_5B if original_file(folder) is not None else AutoencoderKLWan.load_config(source)
+
+
+def _describes_autoencoder(path: Path) -> bool:
+    """A folder of Wan's has a `config.json` too, the network's."""
+    return path.is_file() and json.loads(path.read_text()).get("_class_name", "AutoencoderKLWan") == "AutoencoderKLWan"
+
+
+def _read_diffusers(source: Path, dtype: torch.dtype) -> AutoencoderKLWan:
+    autoencoder, loading = AutoencoderKLWan.from_pretrained(
+        source, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    # diffusers only logs these, and leaves a missing weight at its random initial value.
+    if loading["missing_keys"] or loading["unexpected_keys"]:
+        raise ValueError(
+            f"the weights in {source} are not those of its config.json: missing "
+            f"{sorted(loading['missing_keys'])[:3]}, unexpected {sorted(loading['unexpected_keys'])[:3]} (the "
+            "first 3 of each); download the folder again"
+        )
+    return autoencoder
+
+
+def _read_original(file: Path, dtype: torch.dtype, config: Mapping[str, Any] | None) -> AutoencoderKLWan:
+    with torch.device("meta"):
+        autoencoder = AutoencoderKLWan(**TI2V_5B | dict(config or {}))
+    load_original(autoencoder, file, dtype)
+    return autoencoder
 
 
 def _feature_cache(network: nn.Module) -> list[Any]:

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import DictConfig, OmegaConf
 
 from longlive.codecs.base import VideoCodec
-from longlive.codecs.wan import WanVideoCodec, autoencoder_folder
+from longlive.codecs.wan import WanVideoCodec, autoencoder_config
 from longlive.config import instantiate
 from longlive.data.order import accumulation
 from longlive.data.sample import ClipSpec
@@ -125,8 +125,7 @@ def codec_of(config: DictConfig) -> VideoCodec:
     with torch.device("meta"):
         if OmegaConf.is_missing(config, "folder"):
             return WanVideoCodec.ti2v_5b()
-        folder = autoencoder_folder(config.folder)
-        return WanVideoCodec(AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder)))
+        return WanVideoCodec(AutoencoderKLWan.from_config(autoencoder_config(config.folder)))
 
 
 class _NoText(TextEncoder):

@@ -171,3 +171,76 @@ def test_fingerprint_follows_content_and_settings_and_not_the_path(folder: Path,
         path.write_text(json.dumps(settings | {"added": 1}))
         fingerprints.append(UMT5Factory(copy).fingerprint)
     assert len(set(fingerprints)) == len(fingerprints)
+
+
+@pytest.fixture
+def wans_folder(folder: Path, tmp_path: Path) -> Path:
+    """The same encoder as Wan's release lays it out, beside what else is there."""
+    wans = tmp_path / "Wan2.2-TI2V-5B"
+    shutil.copytree(folder / "tokenizer", wans / "google" / "umt5-xxl")
+    (wans / "config.json").write_text('{"_class_name": "WanModel", "dim": 3072}')
+    theirs = load_file(folder / "text_encoder" / "model.safetensors")
+    parts = {
+        "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+        "layer.0.SelfAttention": "attn",
+        "layer.0.layer_norm": "norm1",
+        "layer.1.layer_norm": "norm2",
+        "layer.1.DenseReluDense.wi_0": "ffn.gate.0",
+        "layer.1.DenseReluDense.wi_1": "ffn.fc1",
+        "layer.1.DenseReluDense.wo": "ffn.fc2",
+        "encoder.final_layer_norm": "norm",
+        "encoder.block": "blocks",
+        "shared": "token_embedding",
+    }
+    weights = {}
+    for name, tensor in theirs.items():
+        for part, wans_part in parts.items():
+            name = name.replace(part, wans_part)
+        weights[name] = tensor
+    weights.pop("encoder.embed_tokens.weight", None)
+    torch.save(weights, wans / "models_t5_umt5-xxl-enc-bf16.pth")
+    return wans
+
+
+def test_wans_own_folder_gives_the_same_embeddings(folder: Path, encoder: UMT5TextEncoder, wans_folder: Path) -> None:
+    factory = UMT5Factory(wans_folder, num_tokens=12, dtype=torch.float32)
+    assert factory.embed_dim == encoder.embed_dim
+    prompts = ["a red circle moves right", "blue square"]
+    assert torch.equal(factory.build().encode(prompts), encoder.encode(prompts))
+    assert UMT5Factory(wans_folder).build().model.dtype == torch.bfloat16
+
+
+def test_a_fingerprint_follows_the_content_of_wans_file(wans_folder: Path) -> None:
+    path = wans_folder / "models_t5_umt5-xxl-enc-bf16.pth"
+    original = UMT5Factory(wans_folder).fingerprint
+    path = path.rename(wans_folder / "models_t5_of_another_name.pth")
+    assert UMT5Factory(wans_folder).fingerprint == original
+    weights = torch.load(path, weights_only=True)
+    fingerprints = {original}
+    for old_format in (False, True):
+        weights["blocks.1.attn.q.weight"][0, 0] += 0.01
+        torch.save(weights, path, _use_new_zipfile_serialization=not old_format)
+        fingerprints.add(UMT5Factory(wans_folder).fingerprint)
+    assert len(fingerprints) == 3
+
+
+def test_a_folder_of_wans_that_is_not_whole_is_refused_before_any_work(wans_folder: Path) -> None:
+    path = wans_folder / "models_t5_umt5-xxl-enc-bf16.pth"
+    weights = torch.load(path, weights_only=True)
+    del weights["blocks.1.ffn.gate.0.weight"]
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match=r"1 missing: encoder\.block\.1\.layer\.1\.DenseReluDense\.wi_0\.weight"):
+        UMT5Factory(wans_folder)
+    torch.save({"generator": weights}, path)
+    with pytest.raises(ValueError, match="holds generator; looked for"):
+        UMT5Factory(wans_folder)
+    (wans_folder / "models_t5_second.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds 2 files models_t5_\*\.pth; leave one"):
+        UMT5Factory(wans_folder)
+    (wans_folder / "google" / "umt5-xxl" / "tokenizer.json").unlink()
+    for file in wans_folder.glob("*.pth"):
+        file.unlink()
+    with pytest.raises(
+        ValueError, match=r"lacks text_encoder/config\.json.*with models_t5_\*\.pth and google/umt5-xxl/"
+    ):
+        UMT5Factory(wans_folder)
