@@ -152,7 +152,7 @@ def test_gradients_are_those_of_plain_autograd_without_a_cache(
         assert (found[name] - gradient).abs().max() <= 1e-5 * scale, name
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "bfloat16", "nvfp4"])
+@pytest.mark.parametrize("cache_dtype", [None, "nvfp4"])
 @pytest.mark.parametrize("relative", [False, True])
 def test_checkpointing_changes_no_gradient(network_for_blocks: CausalWan, relative: bool, cache_dtype: Any) -> None:
     """Bit for bit, whatever the cache stores: what is computed again is what was computed."""
