@@ -16,7 +16,7 @@ would drop the gradients of an adapter that is switched off between forward and 
 loaded by Wan's names (`materialise`) finds its place in a network with adapters; `base_name` translates a state dict.
 
 **Files** are peft's: a folder of `adapter_model.safetensors` and `adapter_config.json`, which `peft.PeftModel` loads
-over the same base.
+over the same base. `longlive_lora.py` reads those of LongLive's trainers.
 """
 
 from __future__ import annotations
@@ -121,8 +121,11 @@ def _inject(network: nn.Module, name: str, config: LoraConfig) -> None:
     taken = adapter_names(network)
     if name in taken:
         raise ValueError(f"the network has an adapter {name!r} already; there are {', '.join(taken)}")
-    if not name.isidentifier():
-        raise ValueError(f"adapter name {name!r} must be an identifier, as 'student': it is part of parameters' names")
+    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"adapter name {name!r} must be an identifier that torch's modules have not taken, as 'student': it is "
+            "part of parameters' names"
+        )
     learns = {id(parameter): parameter.requires_grad for parameter in network.parameters()}
     # On meta first: peft would draw A from torch's global generator.
     inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
@@ -294,15 +297,25 @@ def load_adapter(network: nn.Module, name: str, folder: str | Path) -> None:
     unknown = [setting for setting in VARIANTS if stored.get(setting) not in (None, False, {}, "none")]
     if unknown:
         raise ValueError(f"{folder / CONFIG_FILE} sets {', '.join(unknown)}; only plain LoRA of one rank is supported")
-    state = load_file(folder / WEIGHTS_FILE)
+    add_stored_adapter(network, name, load_file(folder / WEIGHTS_FILE), config.r, config.lora_alpha, str(folder))
+
+
+def add_stored_adapter(
+    network: nn.Module, name: str, state: Mapping[str, Tensor], rank: int, alpha: int, source: str
+) -> None:
+    """Add an adapter whose tensors, under peft's names, say which layers it wraps; `source` is what to call them.
+
+    Raises:
+        ValueError: if they are none of this network's; it is untouched then.
+    """
     layers = sorted({key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in state})
-    settings = LoRASettings(config.r, config.lora_alpha, target_layers(network, layers))
+    settings = LoRASettings(rank, alpha, target_layers(network, layers))
     shapes: dict[str, tuple[int, ...]] = {}
     for layer_name in settings.targets:
         layer = cast(nn.Linear, network.get_submodule(layer_name))
-        shapes[f"{PREFIX}{layer_name}.lora_A.weight"] = (settings.rank, layer.in_features)
-        shapes[f"{PREFIX}{layer_name}.lora_B.weight"] = (layer.out_features, settings.rank)
-    _check_fit(shapes, state, str(folder))
+        shapes[f"{PREFIX}{layer_name}.lora_A.weight"] = (rank, layer.in_features)
+        shapes[f"{PREFIX}{layer_name}.lora_B.weight"] = (layer.out_features, rank)
+    _check_fit(shapes, state, source)
     _inject(network, name, _config(network, settings))
     load_adapter_state(network, name, state)
 

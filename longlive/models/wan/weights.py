@@ -163,7 +163,7 @@ def check_weights(model: nn.Module, files: TensorFiles, source: str | Path) -> N
     if any(".lora_A." in name for name in files.shapes):
         raise ValueError(
             f"{source} holds a LoRA, not a network: give the network that it was trained on, and add it by "
-            "longlive.adapters.lora.load_adapter"
+            "longlive.adapters.longlive_lora.load_longlive_adapter"
         )
     stored = {original_name(name): shape for name, shape in files.shapes.items()}
     check_tensors(stored, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, source)

@@ -272,5 +272,5 @@ def test_a_longlive_file_of_another_network_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("state", ["generator_lora", "generator"])
 def test_an_adapter_is_no_network(state, tmp_path):
     tensors = {"base_model.model.blocks.0.ffn.0.lora_A.weight": torch.zeros(4, 24)}
-    with pytest.raises(ValueError, match=r"holds a LoRA, not a network.*lora\.load_adapter"):
+    with pytest.raises(ValueError, match=r"holds a LoRA, not a network.*load_longlive_adapter"):
         load_weights(CausalWan(CONFIG), save_as_longlive(tensors, tmp_path / "lora.pt", state, prefix=""))
