@@ -50,7 +50,8 @@ _COMMANDS = {
 _DOCTOR = (
     "print versions, devices, and which precisions, kernels and codecs work here; "
     "longlive doctor plan num_gpus=...: what a training run takes; "
-    "longlive doctor precision precision=...: which layers multiply in it"
+    "longlive doctor precision precision=...: which layers multiply in it; "
+    "longlive doctor run DIRECTORY: what became of a run, and what to do next"
 )
 
 

@@ -28,7 +28,7 @@ PACKAGES = (
 
 SAMPLES = """Optimizer step s (counted from 0) trains on the positions s G .. (s + 1) G - 1 of the data, where G is the
 number of clips per step. Position p is sample `epoch_order(N, seed, p // N)[p % N]` of the N samples of the shards
-(`longlive.data.order`, reader=indexed). `longlive doctor run <directory> --step=s` prints ids and keys."""
+(`longlive.data.order.samples_at`; with reader=indexed). `longlive doctor run <directory> --step=s` prints them."""
 
 
 def origin(directory: Path) -> dict[str, Any]:

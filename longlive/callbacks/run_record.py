@@ -11,10 +11,12 @@ A start that is refused before it trains leaves everything as it was.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +24,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from longlive.callbacks.stop_on_signal import StopOnSignal
 from longlive.data.atomic import write_aside
+
+log = logging.getLogger(__name__)
 
 RECORD = "run.json"
 ERRORS = "errors"
@@ -84,19 +88,19 @@ class RunRecord(Callback):
             "type": type(exception).__name__,
             "message": str(exception)[:MAX_MESSAGE],
         }
-        try:
+        with suppress(OSError):  # what failed first is the error that counts
             _write(self.directory / ERRORS / f"rank-{trainer.global_rank:04d}.json", error)
-            state = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
-            self._update(trainer, state=state, error=error, last_step=trainer.global_step, ended=error["time"])
-        except OSError as unwritten:  # a full disk, perhaps: what failed first is the error that counts
-            exception.add_note(f"{self.directory / RECORD} does not tell: {unwritten}")
+        state = "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed"
+        self._update(trainer, state=state, error=error, last_step=trainer.global_step, ended=error["time"])
 
     def _update(self, trainer: Trainer, **changes: Any) -> None:
         if self._start is None or not trainer.is_global_zero:
             return
         self._start |= changes
-        earlier = read_starts(self.directory)[:-1]
-        _write(self.directory / RECORD, {"starts": [*earlier, self._start]})
+        try:
+            _write(self.directory / RECORD, {"starts": [*read_starts(self.directory)[:-1], self._start]})
+        except OSError as error:  # a full disk, perhaps: the run does not depend on its record
+            log.warning("%s does not tell that the run is %s: %s", RECORD, self._start["state"], error)
 
 
 def read_starts(directory: Path) -> list[dict[str, Any]]:

@@ -24,6 +24,12 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> Sequence[int]:
     return rng.permutation(num_samples, seed, "data_order", step=epoch).tolist()
 
 
+def samples_at(positions: Sequence[int], num_samples: int, seed: int) -> list[int]:
+    """The indexed reader's sample at each position, if all samples are readable: which ones a run has seen."""
+    orders = {epoch: epoch_order(num_samples, seed, epoch) for epoch in {p // num_samples for p in positions}}
+    return [orders[position // num_samples][position % num_samples] for position in positions]
+
+
 def num_lanes(num_shards: int, data_size: int) -> int:
     """Lanes per data rank: 8, 4, 2 or 1, the most that give every lane four shards, so that lanes are of like length.
 

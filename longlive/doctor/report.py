@@ -25,7 +25,11 @@ from longlive import __version__
 from longlive.doctor import compute, packages, video
 from longlive.doctor.check import Check, Finding
 
-_SUBCOMMANDS = {"plan": "longlive.doctor.plan_report", "precision": "longlive.doctor.precision"}
+_SUBCOMMANDS = {
+    "plan": "longlive.doctor.plan_report",
+    "precision": "longlive.doctor.precision",
+    "run": "longlive.doctor.run_report",
+}
 
 
 def report() -> Iterator[Finding]:
@@ -86,8 +90,8 @@ def checks() -> list[Check]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report as tables, or with `--json` as a list of objects; returns 0. `plan ...` and
-    `precision ...` are other commands (`longlive.doctor.plan_report`, `longlive.doctor.precision`)."""
+    """Print the report as tables, or with `--json` as a list of objects; returns 0. `plan ...`,
+    `precision ...` and `run ...` are other commands (`longlive.doctor.plan_report`, `.precision`, `.run_report`)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in _SUBCOMMANDS:
         with _quiet_logs():
@@ -95,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="longlive doctor",
         description="What works on this machine, and why not. What a training run takes: longlive doctor plan --help. "
-        "What a precision does to a network: longlive doctor precision --help",
+        "What a precision does to a network: longlive doctor precision --help. What became of a run: longlive doctor "
+        "run --help",
     )
     parser.add_argument("--json", action="store_true", help="print a list of {group, name, works, detail}")
     options = parser.parse_args(arguments)

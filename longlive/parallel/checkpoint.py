@@ -26,6 +26,7 @@ from longlive.parallel.checkpoint_directory import (
     read_whole,
     standing,
 )
+from longlive.parallel.full_disk import full_disk, is_full
 from longlive.typing import Tensor
 
 
@@ -33,13 +34,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """One file per checkpoint, written by rank 0, visible in one step. Reads and removes directories as well."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write it.
+
+        Raises:
+            OSError: if it cannot be written; what was there before still is. Of a full disk, it says how full.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint_directory.clean(path)
-        with write_aside(path) as temporary:
-            torch.save(checkpoint, temporary)
-            if path.is_dir():
-                checkpoint_directory.step_aside(path)
+        try:
+            with write_aside(path) as temporary:
+                with temporary.open("wb") as file:  # by its name, torch would say of a full disk "unexpected pos"
+                    torch.save(checkpoint, file)
+                if path.is_dir():
+                    checkpoint_directory.step_aside(path)
+        except OSError as error:
+            if is_full(error):
+                raise full_disk(path, checkpoint) from error
+            raise
         checkpoint_directory.clean(path)
 
     def load_checkpoint(

@@ -42,6 +42,7 @@ from longlive.parallel.checkpoint_directory import (
     read_tree,
     split,
 )
+from longlive.parallel.full_disk import full_disk, is_full
 from longlive.parallel.materialise import local_part
 from longlive.typing import Tensor
 
@@ -71,6 +72,7 @@ class ShardedCheckpoints:
 
         Raises:
             RuntimeError: on every rank, if one of them could not write; what was there before is still there.
+            OSError: of these, if a disk is full; says how full.
         """
         self.wait()
         ranks = self._connect()
@@ -202,6 +204,9 @@ def _write(ranks: _Ranks, tree: Any, shards: dict[str, Tensor], path: Path) -> N
     except BaseException as error:
         if ranks.rank == 0:
             checkpoint_directory.clean(path)
+        failures = error.failures.values() if isinstance(error, dcp.CheckpointException) else [(error, None)]
+        if any(is_full(cause) for cause, _ in failures):
+            raise full_disk(path, [tree, shards]) from error
         if isinstance(error, dcp.CheckpointException):  # torch makes it a BaseException
             rank, (cause, _) = next(iter(error.failures.items()))
             raise RuntimeError(f"{path} was not written: rank {rank}: {cause!r}") from error
