@@ -51,7 +51,8 @@ _DOCTOR = (
     "print versions, devices, and which precisions, kernels and codecs work here; "
     "longlive doctor plan num_gpus=...: what a training run takes; "
     "longlive doctor precision precision=...: which layers multiply in it; "
-    "longlive doctor run DIRECTORY: what became of a run, and what to do next"
+    "longlive doctor run DIRECTORY: what became of a run, and what to do next; "
+    "longlive doctor weights <path>: what a download holds"
 )
 
 

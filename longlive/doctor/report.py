@@ -29,6 +29,7 @@ _SUBCOMMANDS = {
     "plan": "longlive.doctor.plan_report",
     "precision": "longlive.doctor.precision",
     "run": "longlive.doctor.run_report",
+    "weights": "longlive.doctor.weights",
 }
 
 
@@ -91,7 +92,7 @@ def checks() -> list[Check]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report as tables, or with `--json` as a list of objects; returns 0. `plan ...`,
-    `precision ...` and `run ...` are other commands (`longlive.doctor.plan_report`, `.precision`, `.run_report`)."""
+    `precision ...`, `run ...` and `weights ...` are other commands, each with a file of its own."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in _SUBCOMMANDS:
         with _quiet_logs():
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="longlive doctor",
         description="What works on this machine, and why not. What a training run takes: longlive doctor plan --help. "
         "What a precision does to a network: longlive doctor precision --help. What became of a run: longlive doctor "
-        "run --help",
+        "run --help. What a download holds: longlive doctor weights --help",
     )
     parser.add_argument("--json", action="store_true", help="print a list of {group, name, works, detail}")
     options = parser.parse_args(arguments)
