@@ -17,7 +17,8 @@ from longlive.models.wan.weights import save_weights
 
 def zeros(config: WanConfig) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
-        return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in CausalWan(config).state_dict().items()}
+        network = CausalWan(config)
+    return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def run(path, capsys, *, code: int):
@@ -70,7 +71,7 @@ def test_the_table_names_everything_and_the_differences(tmp_path, capsys):
     assert doctor.main(["weights", str(tmp_path / "model.safetensors")]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "text encoder transformers 1 512 float32 text=umt5" in text
-    assert "model.safetensors: embeddings of 64 features: model.text_dim=64" in text
+    assert "model.safetensors: text encoder; embeddings of 64 features: model.text_dim=64" in text
 
 
 def test_nothing_is_an_error_that_says_what_was_looked_for(tmp_path, capsys):

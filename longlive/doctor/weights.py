@@ -110,19 +110,19 @@ def parts_of(path: Path) -> Iterator[Part]:
 
 
 def print_parts(parts: Sequence[Part], console: Console) -> None:
-    """A row per set of tensors, and below what is to be said of them."""
+    """A row per set of tensors; below, where each is and what else is to be said of it."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("what", "names", "tensors", "parameters", "dtype", "fits", "files"):
-        table.add_column(heading, justify="right" if heading in ("tensors", "parameters") else "left")
+    for heading in ("what", "names", "tensors", "parameters", "dtype", "fits"):
+        table.add_column(heading, justify="right" if heading in ("tensors", "parameters") else "left", overflow="fold")
     for part in parts:
         fits = Text("nothing", style="red") if part.fits is None else Text(part.fits, style="green")
-        counts = (f"{part.num_tensors:,}", f"{part.num_parameters:,}", ", ".join(part.dtypes))
-        files = part.files[0] + (f" and {len(part.files) - 1} more" if part.files[1:] else "")
-        table.add_row(part.kind, part.names, *counts, fits, Text(files))
+        table.add_row(
+            part.kind, part.names, f"{part.num_tensors:,}", f"{part.num_parameters:,}", ", ".join(part.dtypes), fits
+        )
     console.print(table)
     for part in parts:
-        if part.detail:
-            console.print(Text(f"{part.kind}, {part.files[0]}: {part.detail}"), soft_wrap=True)
+        files = part.files[0] + (f" and {len(part.files) - 1} more" if part.files[1:] else "")
+        console.print(Text(f"{files}: {part.kind}{'; ' if part.detail else ''}{part.detail}"), soft_wrap=True)
 
 
 def _groups(path: Path) -> Iterator[list[Path]]:
