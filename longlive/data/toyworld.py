@@ -178,6 +178,11 @@ def random_prompts(num_prompts: int, seed: int) -> list[str]:
     return [random_scene(seed, sample).caption(0) for sample in range(num_prompts)]
 
 
+def image_prompt(caption: str) -> VideoRequest:
+    """A caption with a first frame that shows what it says, where `parse_caption` puts it."""
+    return VideoRequest(caption, render(parse_caption(caption), 1)[0])
+
+
 def random_image_prompts(num_prompts: int, seed: int) -> list[VideoRequest]:
     """The same prompts, each with the first frame of its scene: image to video."""
     scenes = [random_scene(seed, sample) for sample in range(num_prompts)]

@@ -19,6 +19,7 @@ from longlive.data.toyworld import (
     WORDINGS,
     Scene,
     ToyWorldSource,
+    image_prompt,
     parse_caption,
     random_caption,
     random_prompts,
@@ -288,3 +289,9 @@ def test_impossible_sources_are_refused() -> None:
     for index in (2, -1):
         with pytest.raises(IndexError, match=f"clip {index} of a toy world of 2 clips"):
             source[index]
+
+
+def test_an_image_prompt_shows_what_it_says() -> None:
+    request = image_prompt("a blue square moves quickly up over a light ground")
+    assert torch.equal(request.image, render(parse_caption(request.prompt), 1)[0])
+    assert tuple(request.image[:, 0, 0].tolist()) == GROUNDS["light"]
