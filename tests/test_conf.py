@@ -23,6 +23,8 @@ from longlive.codecs.wan import WanVideoCodec
 from longlive.config import check_complete, compose, config_directory, instantiate, to_plain
 from longlive.data.datamodule import VideoDataModule
 from longlive.data.prompt_batches import PromptDataModule
+from longlive.doctor.plan import Machine, make_plan
+from longlive.doctor.plan_config import codec_of, module_of
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
 from longlive.modules.base import LongLiveModule, to_unit_range
@@ -32,6 +34,8 @@ from longlive.train import make_trainer
 CONF = config_directory()
 PRIMARY = {path.stem for path in CONF.glob("*.yaml")}
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+LARGE = [name for name in EXPERIMENTS if name.startswith("wan5b")]
+"""Experiments of the 5B model, which no test allocates."""
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment")
 OTHER_COMMAND = {"source": "shards", "prompt_set": "generate", "metric": "generate", "format": "export"}
 """Groups of another primary file than `train.yaml`."""
@@ -102,7 +106,7 @@ def test_there_is_something_to_test():
     assert {"model", "data", "callbacks", "trainer"} < {group for group, _ in OPTIONS}
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) - set(LARGE)))
 def test_every_experiment_is_built(name, shards, tmp_path):
     """An experiment that nobody has started lately no longer starts."""
     config = experiment(name, shards, tmp_path / "run", "trainer.accelerator=cpu", "trainer.devices=1")
@@ -129,7 +133,7 @@ def test_every_experiment_is_built(name, shards, tmp_path):
     assert OmegaConf.create(to_plain(config)) == OmegaConf.create(OmegaConf.to_container(config, resolve=True))
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) - set(LARGE)))
 def test_every_experiment_can_be_built_as_a_network_with_its_optimizer(name, shards, tmp_path):
     """An optimizer is described by its arguments alone and made when the network exists: only then do they show."""
     module = instantiate(experiment(name, shards, tmp_path).module)
@@ -144,6 +148,44 @@ def test_every_experiment_can_be_built_as_a_network_with_its_optimizer(name, sha
     assert len(parameters) == len(learning)
     assert [scheduler.optimizer for scheduler in schedulers] == optimizers
     assert name in OF_PROMPTS or made["lr_scheduler"]["interval"] == "step"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_experiments_of_the_5b_model_are_planned_and_built_on_meta(name, tmp_path):
+    config = compose("train", [f"experiment={name}", f"directory={tmp_path}"])
+    with pytest.raises(ValueError, match=r"must be given: codec\.folder=\.\.\., data\.train=\.\.\.$"):
+        check_complete(config)
+    plan = make_plan(config, Machine(num_gpus=16, gpu_memory=141.0))
+    assert (plan.num_parameters, plan.global_batch_size) == (4_999_787_712, 16)
+    assert plan.fits
+    module = module_of(config, codec_of(config.codec))
+    with torch.device("meta"):
+        network = CausalWan(module.model_config)
+    (group,) = module.make_optimizer(list(network.named_parameters())).param_groups
+    assert (group["lr"], tuple(group["betas"]), group["weight_decay"], len(group["params"])) == (
+        1e-5,
+        (0.0, 0.999),
+        0.0,
+        825,
+    )
+    trainer = make_trainer(
+        compose(
+            "train", [f"experiment={name}", f"directory={tmp_path}", "trainer.accelerator=cpu", "trainer.devices=1"]
+        )
+    )
+    assert (trainer.max_steps, trainer.gradient_clip_val) == (600, 10.0)
+    (average,) = (callback for callback in trainer.callbacks if isinstance(callback, EMA))
+    assert (average.decay, average.start_step) == (0.99, 100)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_one_folder_gives_the_5b_experiments_all_weights_and_every_number_has_its_source(name):
+    config = compose("train", [f"experiment={name}", "codec.folder=/models/wan"])
+    assert config.module.weights == config.text.encoder.folder == "/models/wan"
+    lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
+    numbers = [line for line in lines if re.match(r"^ +\w+: *\[?[\d.]", line)]
+    assert len(numbers) > 20
+    assert [line for line in numbers if not re.search(r"# \[(2|W|F|S|ours)\]", line)] == []
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
