@@ -17,11 +17,16 @@ import torch
 
 from helpers.runs import assert_same, checkpoint, curves, events, overrides, run, write_toyworld
 from longlive.callbacks.ema import averaged_weights
+from longlive.callbacks.run_record import read_starts
 from longlive.config import compose
 from longlive.parallel.checkpoint import newest_checkpoint
+from longlive.parallel.launcher import EXIT_STOPPED
 from longlive.train import make_trainer, train
 
 STEPS = 12
+SECONDS_TO_SAVE = 10
+"""From a signal to a checkpoint."""
+
 LOGGED_EVERY = "trainer.log_every_n_steps=3"
 """No divisor of the checkpoint interval, so that checkpoints fall inside log intervals."""
 
@@ -90,8 +95,14 @@ def kill_on_exit() -> Iterator[list[subprocess.Popen[str]]]:
         process.wait()
 
 
-def test_a_run_that_was_killed_and_started_again_equals_one_that_was_not(whole, shards, tmp_path, kill_on_exit):
-    """Anything that is neither saved nor recomputed (a moment, the order, unflushed logs) bends the curve at a kill."""
+def children(process: int) -> list[int]:
+    """Processes that a process started: its data workers."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_a_run_that_was_killed_stopped_and_started_again_equals_one_that_was_not(whole, shards, tmp_path, kill_on_exit):
+    """Anything that is neither saved nor recomputed (a moment, the order, unflushed logs) bends the curve at a kill.
+    A signal to the whole job also reaches the data workers, whom the step still needs."""
     directory = tmp_path / "run"
     command = (LOGGED_EVERY, "data.num_workers=1", "+callbacks.pause={_target_: helpers.runs.Pause, seconds: 0.1}")
     process = start(directory, shards, *command)
@@ -110,10 +121,22 @@ def test_a_run_that_was_killed_and_started_again_equals_one_that_was_not(whole, 
 
     again = start(directory, shards, *command)
     kill_on_exit.append(again)
+    while not list((directory / "tensorboard").glob(f"events.*.{again.pid}.*")):
+        assert again.poll() is None, again.communicate()[0]
+        time.sleep(0.005)
+    sent = time.time()
+    for process in (again.pid, *children(again.pid), again.pid):  # as to a whole job, and once more
+        os.kill(process, signal.SIGTERM)
     output, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, output
+    assert again.returncode == EXIT_STOPPED, output
     assert f"continuing from {reached}" in output
+    stopped = newest_checkpoint(directory / "checkpoints")
+    assert stopped is not None
+    assert reached.name < stopped.name < f"step-{STEPS:07d}.ckpt"
+    assert stopped.stat().st_mtime - sent < SECONDS_TO_SAVE
+    run(directory, shards, LOGGED_EVERY, "data.num_workers=1")
     assert_same_run(directory, whole)
+    assert [start["state"] for start in read_starts(directory)] == ["running", "stopped", "finished"]
 
 
 @pytest.mark.parametrize(

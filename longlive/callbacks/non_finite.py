@@ -104,10 +104,10 @@ class StopOnNonFinite(Callback):
         what = f"the loss is {bad[0].loss} (rank {bad[0].rank})" if bad else f"the gradient's norm is {norm:g}"
         file = self.directory / NON_FINITE
         message = (
-            f"step {trainer.global_step}: {what}, so the step is not taken and nothing is saved. "
-            f"Samples: {_listed(bad or batches)}. {file} has them all. Look at these clips and at the gradient's norm "
-            "before; then continue from the last checkpoint with a smaller optimizer.lr or "
-            "trainer.gradient_clip_val, or without those clips"
+            f"step {trainer.global_step}: {what}, so the step is not taken. Samples: {_listed(bad or batches)}. The "
+            f"last checkpoint is as it was; {file} lists all samples of the step. Look at these clips and at the "
+            "gradient's norm before, then continue with a smaller optimizer.lr or trainer.gradient_clip_val, or "
+            "without the clips"
         )
         if trainer.is_global_zero:
             self._write(trainer, batches, norm, message)

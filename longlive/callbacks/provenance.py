@@ -51,16 +51,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit(directory: Path) -> str | None:
+def commit(directory: Path, seconds: float = 5.0) -> str | None:
     """The commit of the checkout that a directory is in, `-dirty` if files that it tracks differ. None without a
-    checkout or git, or if git does not answer within seconds: a run does not fail for that."""
+    checkout or git, or if git does not answer in so many seconds: a run does not fail for that."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             cwd=directory,
             capture_output=True,
             text=True,
-            timeout=5,
+            timeout=seconds,
             stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
@@ -100,12 +100,12 @@ def _as_code(tree: Mapping[str, Any]) -> str:
     return "".join(f"    {line}\n" for line in yaml.safe_dump(dict(tree), sort_keys=False, width=200).splitlines())
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
-    """Scalars of a config by dotted name; lists as text."""
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, int | float | str]]:
+    """Scalars of a config by dotted name; lists and truth values as text."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(tree, bool | int | float | str):
+    elif isinstance(tree, int | float | str) and not isinstance(tree, bool):
         yield prefix, tree
     elif tree is not None:
         yield prefix, str(tree)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 
 class DataWorkerError(RuntimeError):
@@ -77,10 +78,11 @@ class WatchedLoader(DataLoader[Any]):
         **settings: torch's.
     """
 
-    def __init__(self, dataset: Any, *, num_workers: int, timeout: float | None, **settings: Any) -> None:
+    def __init__(self, dataset: Any, *, num_workers: int, timeout: float | int | None, **settings: Any) -> None:
         self.samples: NamedSamples = dataset
         self.processes: list[Any] = []
         """The workers."""
+        self._batches: Any = None
         dataset.reading = Reading(num_workers)
         super().__init__(
             dataset,
@@ -92,9 +94,18 @@ class WatchedLoader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Any:
-        batches: Any = super().__iter__()
-        self.processes = list(batches._workers) if self.num_workers else []
-        return _Watched(self, batches)
+        self._batches = super().__iter__()
+        self.processes = list(self._batches._workers) if self.num_workers else []
+        return _Watched(self, self._batches)
+
+    def end_workers(self) -> None:
+        """At once: one that hangs does not end when it is asked to."""
+        if self._batches is not None and self.processes and self._batches._worker_pids_set:
+            # torch would raise for every worker that it sees die, wherever the training process is.
+            signal_handling._remove_worker_pids(id(self._batches))
+            self._batches._worker_pids_set = False
+        for process in self.processes:
+            process.kill()
 
     def explain(self, error: BaseException) -> str | None:
         """What torch's error means, if it is one about a worker of this loader that hangs or died."""
@@ -132,8 +143,7 @@ class _Watched(Iterator[Any]):
             message = self.loader.explain(error)
             if message is None:
                 raise
-            for process in self.loader.processes:
-                process.kill()  # one that hangs does not end when it is asked to
+            self.loader.end_workers()
             raise DataWorkerError(message) from error
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -131,6 +131,36 @@ def unfinished(directory: str | Path) -> list[str]:
     """What a run is writing or replacing among its checkpoints."""
     folder = Path(directory, "checkpoints")
     return [name for name in os.listdir(folder) if name.startswith(".")] if folder.exists() else []
+
+
+class Signal(Callback):
+    """Sends signals to its own process, in the middle of a step, and once more in the middle of the next save.
+
+    Args:
+        rank: whose process.
+        step: Lightning's `global_step` at that moment.
+        names: of the signals, in their order.
+        batches: of an accumulation before it.
+    """
+
+    def __init__(self, rank: int, step: int, names: Sequence[str] = ("SIGTERM",), batches: int = 0) -> None:
+        self.rank, self.step, self.names, self.batches = rank, step, names, batches
+        self._has_sent = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == self.step and not self._has_sent:
+            self.batches -= 1
+            if self.batches < 0:
+                self._send()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._has_sent:
+            self._send()
+
+    def _send(self) -> None:
+        self._has_sent = True
+        for name in self.names:
+            os.kill(os.getpid(), signal.Signals[name])
 
 
 class Fail(Callback):

@@ -3,6 +3,7 @@
 import os
 import pickle
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ def test_a_save_that_fails_midway_leaves_the_old_file_and_no_new_name(tmp_path, 
     old = save(tmp_path / "step-0000007.ckpt")
     before = old.read_bytes()
 
-    def torn(content: object, path: Path) -> None:
-        Path(path).write_bytes(b"half")
+    def torn(content: object, file: BinaryIO) -> None:
+        file.write(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", torn)

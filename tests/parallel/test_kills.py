@@ -14,9 +14,11 @@ import pytest
 
 import longlive.train
 from helpers.distributed import RankError, run_on_ranks
-from helpers.interrupted import CountCalls, Kill, override
+from helpers.interrupted import CountCalls, Kill, Signal, override
 from helpers.runs import assert_same, config_of, curves, write_toyworld
+from longlive.callbacks.run_record import read_starts
 from longlive.parallel.checkpoint import load_checkpoint, newest_checkpoint
+from longlive.parallel.launcher import EXIT_STOPPED
 
 STEPS, INTERVAL, RANKS = 6, 2, 2
 NUM_KILLS = 20
@@ -122,6 +124,25 @@ def test_a_run_that_is_killed_at_twenty_random_moments_ends_as_if_it_had_not_bee
     assert outcomes["kills"] == NUM_KILLS
     assert outcomes["during a save"] >= 4, outcomes
     assert outcomes["after a checkpoint"] >= 4, outcomes
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_end_of_the_step_and_nothing_is_lost(whole, shards, tmp_path):
+    """Ranks that do not stop at the same step wait for each other for half an hour, or save halves of two steps."""
+    directory = tmp_path / "run"
+    config = config_of(directory, shards, *SETTINGS, override("signal", Signal, rank=1, step=2))
+
+    def each() -> tuple[int | str | None, list[str]]:
+        with pytest.raises(SystemExit) as exit:
+            longlive.train.train(config)
+        return exit.value.code, [path.name for path in sorted((directory / "checkpoints").iterdir())]
+
+    left = ["step-0000002.ckpt", "step-0000003.ckpt"]
+    assert run_on_ranks(each, RANKS, init_process_group=False, timeout=240) == [(EXIT_STOPPED, left)] * RANKS
+    assert reached(directory) == 3
+    (start,) = read_starts(directory)
+    assert (start["state"], start["signal"], start["last_step"]) == ("stopped", "SIGTERM", 3)
+    finish(directory, shards, whole, begins_at=3)
+    assert [start["state"] for start in read_starts(directory)] == ["stopped", "finished"]
 
 
 def finish(directory: Path, shards: Path, whole: Whole, begins_at: int) -> None:
