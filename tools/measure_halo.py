@@ -32,7 +32,7 @@ from longlive.codecs.base import VideoCodec, num_raw_frames
 from longlive.codecs.dct import DCTCodec
 from longlive.codecs.halo import MeasuredHalo
 from longlive.codecs.wan import WanVideoCodec, autoencoder_folder
-from longlive.data.sample import centre_crop_and_resize
+from longlive.data.joined import centre_crop_and_resize
 from longlive.data.toyworld import random_scene, render
 from longlive.data.video import open_video
 from longlive.parallel.codec_halo import BFLOAT16_ROUNDING, halo_errors, smallest_halo

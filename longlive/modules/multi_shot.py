@@ -76,8 +76,8 @@ class MultiShotModule(TeacherForcingModule):
         )
 
     def training_step(self, batch: VideoBatch, batch_index: int) -> dict[str, Tensor]:
-        """`TeacherForcingModule`'s, and of every target frame here its shot, and its chunk counted in that shot, both
-        from 0, `[b f]`."""
+        """`TeacherForcingModule`'s, and of every target frame here its shot and its chunk in that shot, counted from 0,
+        `[b f]`."""
         result = super().training_step(batch, batch_index)
         chunks = torch.tensor(self.chunks(batch, Role.NOISY), dtype=torch.int64)
         tables = {"shot": batch.shot_index, "chunk_of_shot": chunk_of_shot(batch.shot_index)}

@@ -67,25 +67,23 @@ def test_the_number_of_entries_follows_from_the_budget(extra: float) -> None:
     assert buffer.nbytes == 4 * 5 * BYTES
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
+def alive() -> int:
+    """Bytes of all tensors of this process."""
     gc.collect()
-    with open("/proc/self/status") as status:
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmRSS:"))
+    storages = [thing.untyped_storage() for thing in gc.get_objects() if isinstance(thing, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def test_the_memory_of_the_process_grows_by_no_more_than_the_budget() -> None:
-    """Known mistake 23. Three times as many entries as the budget holds, saved and loaded."""
+def test_the_tensors_of_the_process_grow_by_no_more_than_the_budget() -> None:
+    """Known mistake 23. Three times as many entries as the budget holds, and a state beside them."""
     budget = 48
     error = torch.ones(2, 4, 16, 64, 64)
-    before = resident()
+    before = alive()
     buffer = ErrorBuffer(6, budget)
     for index in range(3 * 48):
         buffer.append(index % 6, error)
     state = buffer.state_dict()
-    grown = resident() - before
-    assert buffer.nbytes == budget * MEBIBYTE
-    assert 0.9 * budget <= grown / MEBIBYTE <= 1.03 * budget
+    assert alive() - before == buffer.nbytes == budget * MEBIBYTE
     assert sum(len(block) for ring in state for block in ring["blocks"]) == 48
 
 

@@ -21,6 +21,7 @@ from torch.optim import SGD, AdamW
 from helpers.distributed import run_on_ranks
 from helpers.runs import assert_same, fake_batches, fit, tiny_module
 from helpers.sharded_runs import whole
+from longlive.adapters.lora import initialise_adapter
 from longlive.callbacks.ema import EMA
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
@@ -52,6 +53,7 @@ class LoRAStage(TeacherForcingModule):
         if isinstance(self.trainer.strategy, ShardedStrategy):
             self.trainer.strategy.shard(network)
         materialise(network, "cpu", seed=self.seed)
+        initialise_adapter(network, "default", self.seed)
         self.network = network
 
 
