@@ -196,6 +196,23 @@ def test_a_longlive_file_loads(state, prefix, tmp_path):
     assert_holds(model, tensors)
 
 
+@pytest.mark.parametrize("source", ["original", "diffusers", "longlive"])
+def test_from_every_name_to_every_other(source, tmp_path):
+    tensors, path = random_tensors(), tmp_path / "source"
+    if source == "longlive":
+        path = save_as_longlive(tensors, tmp_path / "model.pt")
+    else:
+        save_weights(tensors, CONFIG, path, source)
+    model = CausalWan(CONFIG)
+    load_weights(model, path)
+    for naming in ("original", "diffusers"):
+        save_weights(model.state_dict(), CONFIG, tmp_path / naming, naming)
+        stored = load_file(tmp_path / naming / "diffusion_pytorch_model.safetensors")
+        names = {name: diffusers_name(name) if naming == "diffusers" else name for name in tensors}
+        assert {names[name] for name in tensors} == set(stored)
+        assert all(torch.equal(stored[names[name]], tensor) for name, tensor in tensors.items())
+
+
 def test_wrappers_inside_a_name_are_no_part_of_it(tmp_path):
     tensors = random_tensors()
     wrapped = {
