@@ -1,5 +1,7 @@
 """`longlive export`: the averaged weights of a run as one safetensors file, in one of the formats of `conf/format/`.
 
+Of a run that trained an adapter, base and adapter are merged into one network; `format=lora` writes the adapter alone.
+
 `longlive generate checkpoint=<file>` rolls out from it as from the checkpoint. A new format is a class beside those of
 `adapters/export.py` and a file in `conf/format/`.
 """
@@ -14,6 +16,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from longlive.adapters.export import ExportFormat, ExportSummary, check_export, write_export
+from longlive.adapters.lora import base_parameters
+from longlive.adapters.lora_files import LoRAFormat, check_lora_export, write_lora
+from longlive.adapters.lora_merging import merge_adapter
 from longlive.config import instantiate
 from longlive.trained import load_trained
 
@@ -26,8 +31,11 @@ def export(config: DictConfig) -> ExportSummary:
             own config; nothing is written then.
     """
     output = Path(config.output)
-    format: ExportFormat = instantiate(config.format)
-    check_export(output, format, config.naming)
+    format: ExportFormat | LoRAFormat = instantiate(config.format)
+    if isinstance(format, LoRAFormat):
+        check_lora_export(output, config.naming)
+    else:
+        check_export(output, format, config.naming)
     try:
         trained = load_trained(config.checkpoint)
     except FileNotFoundError as error:
@@ -37,7 +45,22 @@ def export(config: DictConfig) -> ExportSummary:
             f"checkpoint={trained.path} is in NVFP4, and what was rounded away does not come back; export from the "
             "run, or from a file in fp32"
         )
-    weights = trained.module.trained_network.state_dict()
+    network, adapter = trained.module.trained_network, trained.module.adapter
+    if isinstance(format, LoRAFormat):
+        if adapter is None:
+            raise ValueError(
+                f"checkpoint={trained.path} has no adapter; format=lora is for runs that train one, as "
+                "module=distillation does"
+            )
+        summary = write_lora(
+            output, network, adapter, format, config=trained.config, step=trained.step, naming=config.naming
+        )
+        print_summary(summary, output)
+        share = summary.num_parameters / sum(value.numel() for value in base_parameters(network))
+        print(f"{share:.2%} as many parameters as the network")
+        return summary
+    merge_adapter(network, adapter)
+    weights = network.state_dict()
     with Progress(*Progress.get_default_columns(), console=Console(stderr=True)) as progress:
         task = progress.add_task("exporting", total=len(weights))
         summary = write_export(

@@ -7,13 +7,14 @@ today's defaults. The weights are the averaged ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from longlive.adapters.exported import SUFFIX, Packing, load_network, read_description
+from longlive.adapters.lora_files import LoRAFormat, find_adapter, load_adapter, run_of_adapter
 from longlive.callbacks.ema import averaged_weights
 from longlive.config import instantiate
 from longlive.modules.base import LongLiveModule
@@ -23,6 +24,9 @@ from longlive.parallel.checkpoint import (
     load_weights_and_config,
     with_frozen,
 )
+
+LORA = "lora"
+"""What the adapter of a file is called in its network."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Trained:
         config: of the run, resolved; plain containers.
         step: optimizer steps.
         packing: of the layers that are in NVFP4 already; None: there is none.
+        lora: the file of an adapter over it; None: there is none.
     """
 
     path: Path
@@ -42,6 +47,7 @@ class Trained:
     config: dict[str, Any]
     step: int
     packing: Packing | None = None
+    lora: Path | None = None
 
 
 def load_trained(location: str | Path) -> Trained:
@@ -56,11 +62,47 @@ def load_trained(location: str | Path) -> Trained:
         checkpoint = load_weights_and_config(path)
         return Trained(path, load_module(checkpoint, path), checkpoint["config"], checkpoint["global_step"])
     exported = read_description(path)
+    if exported.format == LoRAFormat.name:
+        raise ValueError(f"{path} holds a LoRA, not a network: give its base as checkpoint=, and this as lora={path}")
     config = OmegaConf.create(exported.config)
     config.module.weights = None
     module: LongLiveModule = instantiate(config.module)
-    module.network = load_network(exported, module.model_config)
+    module.hold(load_network(exported, module.model_config))
     return Trained(path, module.eval(), exported.config, exported.step, exported.packing)
+
+
+def with_lora(base: Trained, location: str | Path) -> Trained:
+    """What a run has made, with the adapter of another run over it.
+
+    How it rolls out and its noise levels are then those of the adapter's run, if its file says them. All else is the
+    base's: its codec and text encoder lie where they are on this machine.
+
+    Args:
+        base: whose module changes.
+        location: a folder or file as `load_adapter` takes it.
+
+    Raises:
+        ValueError: if there is no LoRA, or one of another network or other chunks; or the base has one that is not
+            merged.
+    """
+    module, file = base.module, find_adapter(location)
+    if module.adapter is not None:
+        raise ValueError(
+            f"{base.path} has an adapter of its own, {module.adapter!r}; give lora={location} the run that its "
+            "training started from, or merge that adapter: longlive export format=fp32"
+        )
+    run = run_of_adapter(file)
+    if run is not None:
+        theirs = OmegaConf.create(run.config).module
+        if theirs.chunk_frames != module.chunk_frames:
+            raise ValueError(
+                f"{file} is of a network with chunks of {theirs.chunk_frames} frames, and {base.path} has chunks of "
+                f"{module.chunk_frames}; give the checkpoint that its training started from"
+            )
+        module.rollout, module.schedule = instantiate(theirs.rollout), instantiate(theirs.schedule)
+    load_adapter(module.trained_network, LORA, file)
+    module.hold(module.trained_network, LORA)
+    return replace(base, lora=file)
 
 
 def load_module(checkpoint: Mapping[str, Any], path: Path) -> LongLiveModule:

@@ -18,7 +18,6 @@ a rollout with `precision=nvfp4` calls; so that rollout and one from the file mu
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,8 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from longlive import __version__
-from longlive.adapters.exported import KEY, LAYOUT, PACKED_DTYPES, SUFFIX, Packing
+from longlive.adapters.exported import PACKED_DTYPES, SUFFIX, Packing, describe
 from longlive.data.atomic import write_aside
 from longlive.models.wan.config import Naming, WanConfig
 from longlive.models.wan.model import CausalWan
@@ -88,7 +86,7 @@ class CastFormat(ExportFormat):
     """
 
     def __init__(self, dtype: str) -> None:
-        self.dtype = _dtype("dtype", dtype)
+        self.dtype = stored_dtype("dtype", dtype)
         self.name = dtype
 
     def tensors(self, network: nn.Module, weights: Weights) -> Iterator[dict[str, Tensor]]:
@@ -126,7 +124,7 @@ class NVFP4Format(ExportFormat):
             raise ValueError(f"rule={rule!r} is no scale rule; use one of {', '.join(RULES)}")
         self.selection = LayerSelection(MULTIPLE, tuple(layers), keep_last_blocks_bf16)
         self.rule = rule
-        self.others = _dtype("others", others)
+        self.others = stored_dtype("others", others)
         self.tiles = True
 
     def tensors(self, network: nn.Module, weights: Weights) -> Iterator[dict[str, Tensor]]:
@@ -227,23 +225,19 @@ def write_export(
         for name, tensor in tensors.items():
             stored[diffusers_name(name) if naming == "diffusers" else name] = tensor.cpu().contiguous()
         on_weight()
-    about = {
-        "layout": LAYOUT,
-        "version": __version__,
-        "format": format.name,
-        "naming": naming,
-        "step": step,
-        "config": config,
-    } | format.description()
+    metadata = describe(format.name, naming, config, step, **format.description())
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        # Other programs look for `format`: whose tensors they are.
-        save_file(stored, temporary, metadata={"format": "pt", KEY: json.dumps(about)})
+        save_file(stored, temporary, metadata=metadata)
         # safetensors makes files that nobody else may read.
         temporary.chmod(mode)
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    return summarise(stored, sum(parameter.numel() for parameter in network.parameters()), path)
+
+
+def summarise(stored: Mapping[str, Tensor], num_parameters: int, path: Path) -> ExportSummary:
+    """Of a file that holds these tensors."""
     kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in stored.items()}
     num_bytes: Counter[str] = Counter()
     for name, tensor in stored.items():
@@ -251,7 +245,12 @@ def write_export(
     return ExportSummary(num_parameters, path.stat().st_size, Counter(kinds.values()), num_bytes)
 
 
-def _dtype(setting: str, name: str) -> torch.dtype:
+def stored_dtype(setting: str, name: str) -> torch.dtype:
+    """The dtype that a setting names.
+
+    Raises:
+        ValueError: if it is none of `DTYPES`.
+    """
     if name not in DTYPES:
         raise ValueError(f"{setting}={name!r} is unknown; use {' or '.join(DTYPES)}")
     return DTYPES[name]

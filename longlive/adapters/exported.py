@@ -7,7 +7,7 @@ so that memory never holds more than what it is made of in the end; packed layer
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from longlive import __version__
 from longlive.models.wan.config import Naming, WanConfig
 from longlive.models.wan.model import CausalWan
 from longlive.models.wan.weights import original_name
@@ -76,17 +77,33 @@ class ExportedFile:
     packing: Packing | None
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """A safetensors file's metadata; its tensors are not read.
+
+    Raises:
+        ValueError: if it is torn or no such file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def describe(format: str, naming: Naming, config: Mapping[str, Any], step: int, **more: Any) -> dict[str, str]:
+    """Metadata by which a file says what it is; `more` is what only this format has."""
+    about = {"layout": LAYOUT, "version": __version__, "format": format, "naming": naming, "step": step}
+    # Other programs look for `format`: whose tensors they are.
+    return {"format": "pt", KEY: json.dumps(about | {"config": config} | more)}
+
+
 def read_description(path: Path) -> ExportedFile:
     """What a file says of itself; its tensors are not read.
 
     Raises:
         ValueError: if it is torn or no such file, or of a layout that this version does not know.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    metadata = read_metadata(path)
     if KEY not in metadata:
         raise ValueError(
             f"{path} holds no config, so it does not say what network it is; it was not written by `longlive export`. "

@@ -15,25 +15,21 @@ would drop the gradients of an adapter that is switched off between forward and 
 `network.get_parameter("...q.weight")` still finds them: a wrapped layer passes `weight` and `bias` on. So what is
 loaded by Wan's names (`materialise`) finds its place in a network with adapters; `base_name` translates a state dict.
 
-**Files** are peft's: a folder of `adapter_model.safetensors` and `adapter_config.json`, which `peft.PeftModel` loads
-over the same base. `longlive_lora.py` reads those of LongLive's trainers.
+Adapters as files: `lora_files.py`; in the weights of their base: `lora_merging.py`.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from longlive import rng
@@ -43,11 +39,8 @@ from longlive.typing import Tensor
 
 PREFIX = "base_model.model."
 """Before every name in a file of peft's."""
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 MATRICES = ("lora_A", "lora_B")
 BASE = ".base_layer"
-VARIANTS = ("use_dora", "use_rslora", "lora_bias", "bias", "rank_pattern", "alpha_pattern", "modules_to_save")
-"""Settings of peft's that make something else than the formula above, or ranks that differ."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +124,7 @@ def _inject(network: nn.Module, name: str, config: LoraConfig) -> None:
     inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
     # peft's record of its configs, which it warns of at the next adapter; nothing here reads it.
     del network.peft_config
-    for layer in _layers(network).values():
+    for layer in wrapped_layers(network).values():
         if name in layer.lora_A:
             for matrix in MATRICES:
                 getattr(layer, matrix)[name].to_empty(device=_device(layer)).to(_dtype(layer))
@@ -149,8 +142,8 @@ def initialise_adapter(network: nn.Module, name: str, seed: int = 0) -> None:
     Raises:
         ValueError: if there is no such adapter.
     """
-    for layer_name, layer in _layers_of(network, name).items():
-        down, up = _matrices(layer, name)
+    for layer_name, layer in adapted_layers(network, name).items():
+        down, up = matrices(layer, name)
         if down.is_meta:
             continue
         bound = 1 / math.sqrt(down.shape[1])
@@ -163,7 +156,7 @@ def initialise_adapter(network: nn.Module, name: str, seed: int = 0) -> None:
 
 def adapter_names(network: nn.Module) -> list[str]:
     """All adapters of a network, in alphabetical order."""
-    return sorted({name for layer in _layers(network).values() for name in layer.lora_A})
+    return sorted({name for layer in wrapped_layers(network).values() for name in layer.lora_A})
 
 
 @contextmanager
@@ -174,7 +167,7 @@ def use_adapter(network: nn.Module, name: str | None) -> Iterator[None]:
         ValueError: if there is no such adapter.
     """
     if name is not None:
-        _layers_of(network, name)
+        adapted_layers(network, name)
     before = _activate(network, name)
     try:
         yield
@@ -186,7 +179,7 @@ def use_adapter(network: nn.Module, name: str | None) -> Iterator[None]:
 def _activate(network: nn.Module, name: str | None) -> list[tuple[LoraLayer, list[str]]]:
     """Returns what was active."""
     before = []
-    for layer in _layers(network).values():
+    for layer in wrapped_layers(network).values():
         before.append((layer, list(layer.active_adapters)))
         # Not `set_adapter`, which also decides whose gradients are dropped.
         layer._active_adapter = [] if name is None else [name]
@@ -211,8 +204,8 @@ def adapter_parameters(network: nn.Module, name: str) -> Iterator[tuple[str, nn.
     Raises:
         ValueError: if there is no such adapter.
     """
-    for layer_name, layer in _layers_of(network, name).items():
-        for matrix, parameter in zip(MATRICES, _matrices(layer, name), strict=True):
+    for layer_name, layer in adapted_layers(network, name).items():
+        for matrix, parameter in zip(MATRICES, matrices(layer, name), strict=True):
             yield f"{layer_name}.{matrix}.{name}.weight", parameter
 
 
@@ -228,6 +221,11 @@ def adapter_state(network: nn.Module, name: str) -> dict[str, Tensor]:
     }
 
 
+def base_parameters(network: nn.Module) -> Iterator[nn.Parameter]:
+    """The network's own parameters, without those of its adapters."""
+    return (parameter for name, parameter in network.named_parameters() if base_name(name) is not None)
+
+
 @torch.no_grad()
 def load_adapter_state(network: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
     """Fill an adapter, sharded or whole, from whole tensors under peft's names.
@@ -240,64 +238,6 @@ def load_adapter_state(network: nn.Module, name: str, state: Mapping[str, Tensor
     for key, parameter in ours.items():
         part, where = local_part(parameter)
         part.copy_(state[key][where])
-
-
-def save_adapter(
-    network: nn.Module,
-    name: str,
-    folder: str | Path,
-    dtype: torch.dtype | None = None,
-    state: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write a folder that peft loads. It appears complete or not at all.
-
-    Args:
-        network: with the adapter.
-        name: of the adapter.
-        folder: to create; it must not exist.
-        dtype: to store; None: as the adapter is.
-        state: what to store instead of the adapter's parameters, under peft's names: their average, or whole tensors of
-            a sharded network.
-
-    Raises:
-        ValueError: if there is no such adapter, or the folder exists.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists, and adapters never overwrite; choose another folder or remove it")
-    tensors = adapter_state(network, name) if state is None else state
-    layers = _layers_of(network, name)
-    layer = next(iter(layers.values()))
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(
-        {key: tensor.detach().to(device="cpu", dtype=dtype).contiguous() for key, tensor in tensors.items()},
-        partial / WEIGHTS_FILE,
-        metadata={"format": "pt"},
-    )
-    LoraConfig(
-        r=layer.r[name], lora_alpha=layer.lora_alpha[name], target_modules=list(layers), inference_mode=True
-    ).save_pretrained(str(partial))
-    partial.rename(folder)
-
-
-def load_adapter(network: nn.Module, name: str, folder: str | Path) -> None:
-    """Add the adapter of a folder, as `save_adapter` or peft wrote it.
-
-    Raises:
-        ValueError: if the folder holds no plain LoRA, or one of another network; the network is untouched then.
-    """
-    folder = Path(folder)
-    for file in (WEIGHTS_FILE, CONFIG_FILE):
-        if not (folder / file).exists():
-            raise ValueError(f"{folder} has no {file}; give a folder with {WEIGHTS_FILE} and {CONFIG_FILE}")
-    config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
-    stored = config.to_dict()
-    unknown = [setting for setting in VARIANTS if stored.get(setting) not in (None, False, {}, "none")]
-    if unknown:
-        raise ValueError(f"{folder / CONFIG_FILE} sets {', '.join(unknown)}; only plain LoRA of one rank is supported")
-    add_stored_adapter(network, name, load_file(folder / WEIGHTS_FILE), config.r, config.lora_alpha, str(folder))
 
 
 def add_stored_adapter(
@@ -338,54 +278,24 @@ def base_name(name: str) -> str | None:
     return name.replace(f"{BASE}.", ".")
 
 
-def merged_weights(network: nn.Module, name: str | None) -> Iterator[tuple[str, Tensor]]:
-    """The network's parameters with an adapter in them, one at a time, under Wan's names: `W + alpha / rank B A`,
-    computed in float32 and rounded once to the dtype of W. Of a network that is whole.
-
-    Args:
-        name: None: the base alone.
-
-    Raises:
-        ValueError: if there is no such adapter, or a layer's weight is packed: small deltas are lost in four bits, so
-            merging needs the master.
-    """
-    layers = {} if name is None else _layers_of(network, name)
-    for layer_name, layer in layers.items():
-        if getattr(layer.get_base_layer(), "weight", None) is None:
-            raise ValueError(
-                f"{layer_name} has no master weight: it is packed, and an adapter is merged into masters before they "
-                "are packed; load the base again without packing it"
-            )
-    for parameter_name, parameter in network.named_parameters():
-        original = base_name(parameter_name)
-        if original is None:
-            continue
-        merged = original.removesuffix(".weight")
-        if name is not None and merged in layers:
-            down, up = _matrices(layers[merged], name)
-            yield original, merge(parameter, down, up, layers[merged].scaling[name])
-        else:
-            yield original, parameter.detach()
-
-
-@torch.no_grad()
-def merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """`W + scale B A` in float32, rounded once to the dtype of W."""
-    return torch.add(weight.float(), up.float() @ down.float(), alpha=scale).to(weight.dtype)
-
-
-def _matrices(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+def matrices(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     """A and B."""
     down, up = (getattr(layer, matrix)[name].weight for matrix in MATRICES)
     return down, up
 
 
-def _layers(network: nn.Module) -> dict[str, LoraLayer]:
+def wrapped_layers(network: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that have any adapter, by name."""
     return {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _layers_of(network: nn.Module, name: str) -> dict[str, LoraLayer]:
-    found = {layer_name: layer for layer_name, layer in _layers(network).items() if name in layer.lora_A}
+def adapted_layers(network: nn.Module, name: str) -> dict[str, LoraLayer]:
+    """The layers that have this adapter, by name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = {layer_name: layer for layer_name, layer in wrapped_layers(network).items() if name in layer.lora_A}
     if not found:
         raise ValueError(
             f"the network has no adapter {name!r}; there are {', '.join(adapter_names(network)) or 'none'}"

@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from longlive.adapters.adapted import AdaptedNetwork
 from longlive.codecs.base import VideoCodec
 from longlive.data.batch import VideoBatch
 from longlive.data.sample import ClipWindow
@@ -119,6 +120,8 @@ class LongLiveModule(LightningModule):
         self.on_phase: Callable[[str], None] = lambda phase: None
         """Called at the start of the phases `encode` and `forward`; throughput measurement listens."""
         self.network = None
+        self.adapter: str | None = None
+        """The adapter that a rollout multiplies by; None: the network alone."""
 
     @property
     def codec(self) -> VideoCodec:
@@ -145,7 +148,17 @@ class LongLiveModule(LightningModule):
             if isinstance(strategy, ShardedStrategy):
                 network, device = strategy.shard(network), strategy.root_device
         materialise(network, device, self.weights, self.seed)
+        self.hold(network)
+
+    def hold(self, network: CausalWan, adapter: str | None = None) -> None:
+        """Take a network: the one that `configure_model` built, or in its place a finished one from elsewhere.
+
+        Args:
+            network: of this module's sizes.
+            adapter: of it, that a rollout multiplies by.
+        """
         self.network = network
+        self.adapter = adapter
 
     @property
     def trained_network(self) -> CausalWan:
@@ -240,8 +253,10 @@ class LongLiveModule(LightningModule):
         return (torch.stack(theirs) == ours).all(dim=0).cpu()
 
     def rollout_engine(self, settings: RolloutSettings | None = None) -> RolloutEngine:
-        """An engine over this network as it is now; `settings` default to the module's own."""
-        return RolloutEngine(self.trained_network, settings or self.rollout, self.schedule)
+        """An engine over this network as it is now, with its adapter; `settings` default to the module's own."""
+        network = self.trained_network
+        rolled_out = network if self.adapter is None else AdaptedNetwork(network, self.adapter)
+        return RolloutEngine(rolled_out, settings or self.rollout, self.schedule)
 
     def weights_of(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This module's weights as another run stored them: its own frozen ones where it stored none."""

@@ -44,7 +44,6 @@ from longlive.objectives.dmd import (
 )
 from longlive.parallel.materialise import materialise
 from longlive.parallel.strategy import ShardedStrategy
-from longlive.rollout.engine import RolloutEngine, RolloutSettings
 from longlive.rollout.student import Clip, StudentRollout
 from longlive.typing import Bool, Int, Latents, PerFrame, PromptEmbeds, Tensor
 
@@ -164,15 +163,10 @@ class DistillationModule(LongLiveModule):
         materialise(network, device, self.weights, self.seed)
         for name in self.lora:
             initialise_adapter(network, name, self.seed)
-        self.network = network
+        self.hold(network, STUDENT)
         self.student = AdaptedNetwork(network, STUDENT)
         self.critic = AdaptedNetwork(network, CRITIC)
         self.teacher = AdaptedNetwork(network, None)
-
-    def rollout_engine(self, settings: RolloutSettings | None = None) -> RolloutEngine:
-        """An engine over the student as it is now; `settings` default to its own."""
-        _ = self.trained_network
-        return RolloutEngine(self.student, settings or self.rollout, self.schedule)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         prefix = "network."

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from longlive.adapters.longlive_lora import load_longlive_adapter
-from longlive.adapters.lora import PREFIX, adapter_names, adapter_state, load_adapter, save_adapter, use_adapter
+from longlive.adapters.lora import PREFIX, adapter_names, adapter_state, use_adapter
+from longlive.adapters.lora_files import load_adapter, save_adapter
 from longlive.models.attention import dense_attention
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan

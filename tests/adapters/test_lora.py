@@ -1,32 +1,27 @@
 """Adapters over one base: what they compute, who learns, what is stored, and that peft reads it."""
 
 import copy
-import json
 from functools import partial
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from longlive.adapters.lora import (
     LoRASettings,
-    adapter_names,
     adapter_parameters,
     adapter_state,
     add_adapter,
     base_name,
     initialise_adapter,
-    load_adapter,
     load_adapter_state,
-    merged_weights,
-    save_adapter,
     target_layers,
     train_only,
     use_adapter,
 )
+from longlive.adapters.lora_files import load_adapter, save_adapter
+from longlive.adapters.lora_merging import merge_adapter
 from longlive.models.attention import dense_attention
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
@@ -189,74 +184,6 @@ def test_recomputing_with_another_adapter_is_noticed(network: CausalWan) -> None
         out.square().sum().backward()
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_an_adapter_goes_to_a_file_and_comes_back(
-    network: CausalWan, tmp_path: Path, dtype: torch.dtype | None
-) -> None:
-    save_adapter(network, "critic", tmp_path / "critic", dtype)
-    other = base()
-    load_adapter(other, "fake", tmp_path / "critic")
-    ours, theirs = adapter_state(network, "critic"), adapter_state(other, "fake")
-    assert ours.keys() == theirs.keys()
-    for key, value in ours.items():
-        assert torch.equal(theirs[key], value.to(dtype or value.dtype).float())
-    if dtype is None:
-        assert torch.equal(adapted("fake", other), adapted("critic", network))
-    stored = load_file(tmp_path / "critic" / "adapter_model.safetensors")
-    assert {value.dtype for value in stored.values()} == {dtype or torch.float32}
-    assert sum(value.numel() for value in stored.values()) == 2 * 4 * (8 * (32 + 32) + 2 * (32 + 64))
-    with pytest.raises(ValueError, match="never overwrite"):
-        save_adapter(network, "student", tmp_path / "critic")
-    assert [path.name for path in tmp_path.iterdir()] == ["critic"]
-
-
-def test_peft_loads_the_file(network: CausalWan, tmp_path: Path) -> None:
-    """Over the plain network, with nothing of ours: the very numbers."""
-    save_adapter(network, "student", tmp_path / "student")
-    loaded = peft.PeftModel.from_pretrained(base(), str(tmp_path / "student"))
-    with torch.no_grad():
-        assert torch.equal(velocity(loaded.base_model.model), adapted("student", network))
-    named = peft.get_peft_model_state_dict(loaded)
-    stored = load_file(tmp_path / "student" / "adapter_model.safetensors")
-    assert {key: value.shape for key, value in named.items()} == {key: value.shape for key, value in stored.items()}
-
-
-def test_a_file_of_pefts_loads_here(tmp_path: Path) -> None:
-    theirs = peft.get_peft_model(
-        base(), peft.LoraConfig(r=2, lora_alpha=6, target_modules=["self_attn.q", "ffn.0"], init_lora_weights=False)
-    )
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    ours = base()
-    load_adapter(ours, "style", tmp_path / "theirs")
-    with torch.no_grad():
-        assert torch.equal(adapted("style", ours), velocity(theirs.base_model.model))
-        assert not torch.equal(adapted(None, ours), velocity(theirs.base_model.model))
-
-
-def test_merged_weights_are_base_and_adapter_to_the_rounding_of_bfloat16() -> None:
-    low = base().bfloat16()
-    add_adapter(low, "student", SETTINGS)
-    trained(low, "student", 5)
-    state = adapter_state(low, "student")
-    merged = dict(merged_weights(low, "student"))
-    plain = dict(base().bfloat16().named_parameters())
-    assert merged.keys() == plain.keys()
-    changed = 0
-    for name, weight in plain.items():
-        key = f"base_model.model.{name.removesuffix('.weight')}"
-        assert merged[name].dtype == torch.bfloat16
-        if f"{key}.lora_A.weight" not in state or name.endswith("bias"):
-            assert torch.equal(merged[name], weight)
-            continue
-        product = state[f"{key}.lora_B.weight"].double() @ state[f"{key}.lora_A.weight"].double()
-        exact = weight.double() + 2 * product
-        # Half a unit in the last place of 8 bits, and float32's own rounding.
-        assert ((merged[name].double() - exact).abs() <= exact.abs() * 2**-8 * 1.0001).all()
-        changed += 1
-    assert changed == 20
-    assert all(torch.equal(value, plain[name]) for name, value in merged_weights(low, None))
-
-
 def test_weights_load_by_their_own_names_with_adapters_in_place(network: CausalWan, tmp_path: Path) -> None:
     """From a file and from a seed, on meta, as training builds networks. Other names would draw other weights."""
     plain = base(seed=7)
@@ -306,10 +233,10 @@ def test_adapters_stay_in_high_precision_beside_a_packed_base(order: str, tmp_pa
     with plugin.forward_context():
         assert torch.equal(adapted("again", made), before)
     with pytest.raises(ValueError, match=r"blocks\.0\.self_attn\.q has no master weight"):
-        dict(merged_weights(made, "student"))
+        merge_adapter(made, "student")
 
 
-def test_what_does_not_fit_is_refused_and_named(network: CausalWan, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_and_named(network: CausalWan) -> None:
     with pytest.raises(ValueError, match="rank=0"):
         LoRASettings(rank=0)
     with pytest.raises(ValueError, match="list of name patterns"):
@@ -332,15 +259,3 @@ def test_what_does_not_fit_is_refused_and_named(network: CausalWan, tmp_path: Pa
         with pytest.raises(ValueError, match="does not fit 'student'"):
             load_adapter_state(network, "student", wrong)
     assert all(torch.equal(value, before[name]) for name, value in adapter_state(network, "student").items())
-
-    save_adapter(network, "student", tmp_path / "student")
-    config = json.loads((tmp_path / "student" / "adapter_config.json").read_text())
-    target = base()
-    for changes, match in (({"use_dora": True}, "use_dora"), ({"r": 8}, "does not fit"), (None, "adapter_config")):
-        (tmp_path / "student" / "adapter_config.json").unlink()
-        if changes is not None:
-            (tmp_path / "student" / "adapter_config.json").write_text(json.dumps(config | changes))
-        with pytest.raises(ValueError, match=match):
-            load_adapter(target, "student", tmp_path / "student")
-    assert adapter_names(target) == []
-    assert target.state_dict().keys() == base().state_dict().keys()
