@@ -1,18 +1,23 @@
 """A sharded run that starts from the weights of another one: `initialise_from`.
 
 It happens when the network is where it will train, in the memory that it has there: each rank reads of the checkpoint
-what it needs, whatever wrote it. Everything that starts from the weights (an average) comes after it, so this callback
-is the first.
+what it needs, whatever wrote it. A module may say which of its weights those are (`LongLiveModule.weights_of`):
+distillation takes the base, and its adapters stay as they start. Everything that starts from the weights (an average)
+comes after it, so this callback is the first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from longlive.callbacks.ema import averaged_weights
+from longlive.modules.base import LongLiveModule
 from longlive.parallel.strategy import ShardedStrategy
+from longlive.typing import Tensor
 
 
 class InitialWeights(Callback):
@@ -31,4 +36,9 @@ class InitialWeights(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = trainer.strategy
         assert isinstance(strategy, ShardedStrategy)
-        strategy.checkpoints.load_weights(strategy, self.checkpoint, averaged_weights)
+
+        def weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+            stored = averaged_weights(checkpoint)
+            return pl_module.weights_of(stored) if isinstance(pl_module, LongLiveModule) else stored
+
+        strategy.checkpoints.load_weights(strategy, self.checkpoint, weights)

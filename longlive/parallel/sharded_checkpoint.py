@@ -132,7 +132,8 @@ class ShardedCheckpoints:
         """Fill the strategy's model alone; every rank must call it.
 
         Args:
-            choose: which of a checkpoint's tensors are the weights: gets the checkpoint, perhaps without data in it.
+            choose: which of a checkpoint's tensors are the weights: gets the checkpoint, perhaps without data in it. Of
+                what stays as it is, it returns the model's own tensors.
 
         Raises:
             FileNotFoundError, ValueError: as `load`.
@@ -276,7 +277,9 @@ class _Loading:
         weights = choose(map_tensors(note, tree))
         check_same_shapes(self.own, with_frozen(module, weights))
         for name, tensor in weights.items():
-            self.targets[stored_under[id(tensor)]] = (tensor, self.own[name])
+            # What is chosen and not stored is the model's own, and stays.
+            if id(tensor) in stored_under:
+                self.targets[stored_under[id(tensor)]] = (tensor, self.own[name])
 
     def _aim(self, path: TreePath, stored: Tensor) -> Tensor:
         """Where a stored tensor will be."""
