@@ -1,9 +1,10 @@
 """`longlive generate`: a checkpoint and prompts become videos, a contact sheet and a record of how they were made.
 
 The checkpoint, or the file that `longlive export` made of it, says what it is: network, codec, text encoder, chunk size
-and rollout settings come from the config inside it; `rollout.*` settings given here replace those. Every video is a
-function of (checkpoint, settings, prompt, seed, its number), and is written whole or not at all: an interrupted run
-started again keeps the finished ones.
+and rollout settings come from the config inside it; `rollout.*` settings given here replace those. A LoRA over it
+(`lora=`) brings its own rollout settings, where its file says them. Every video is a function of (checkpoint, LoRA,
+settings, prompt, seed, its number), and is written whole or not at all: an interrupted run started again keeps the
+finished ones.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from longlive.precision.plugin import LinearPrecision
 from longlive.rollout.engine import ChunkReport
 from longlive.rollout.settings import RolloutSettings
 from longlive.rollout.video import Timings, encode_given, generate_videos, to_uint8
-from longlive.trained import Trained, load_trained
+from longlive.trained import Trained, load_trained, with_lora
 from longlive.typing import Tensor, UInt8
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ def generate(config: DictConfig) -> dict[str, Any]:
     start = time.perf_counter()
     requests = requests_of(config)
     trained = load_trained(config.checkpoint)
+    if config.lora is not None:
+        trained = with_lora(trained, config.lora)
     module = trained.module
     given: dict[str, Any] = {str(name): value for name, value in config.rollout.items() if value is not None}
     settings = replace(module.rollout, **given)
@@ -101,6 +104,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
         "settings": {
             "checkpoint": str(trained.path),
             "step": trained.step,
+            "lora": None if trained.lora is None else str(trained.lora),
             "seed": config.seed,
             "negative_prompt": config.negative_prompt,
             "num_frames": num_frames[0] if len(num_frames) == 1 else num_frames,

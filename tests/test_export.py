@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -11,18 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers.runs import assert_same, checkpoint, run, write_toyworld
 from longlive.adapters.export import ExportSummary
+from longlive.adapters.lora_files import WEIGHTS_FILE
 from longlive.callbacks.ema import averaged_weights
 from longlive.cli import main
 from longlive.config import compose
 from longlive.export import export
 from longlive.generate import generate
+from longlive.precision.nvfp4.format import quantise
 from longlive.precision.nvfp4.linear import NVFP4Linear
 from longlive.rollout.engine import RolloutEngine
-from longlive.trained import load_trained
+from longlive.train import train
+from longlive.trained import load_trained, with_lora
 
 PROMPTS = "prompts=[a red circle moves right,a blue square]"
 PACKED_LAYERS = 10
@@ -244,3 +248,124 @@ def test_a_checkpoint_of_another_network_than_its_config_is_refused(trained, tmp
     torch.save(saved, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"another model: network\.blocks\.1\.[\w.]+: missing in the checkpoint; "):
         make(tmp_path / "other.ckpt", tmp_path / "network.safetensors", "format=bf16")
+
+
+@pytest.fixture(scope="module")
+def distilled(trained, tmp_path_factory) -> Path:
+    """Two steps of distillation from that run, with other noise levels; the student's average is not its weights."""
+    directory = tmp_path_factory.mktemp("distilled")
+    sizes = ["model.num_layers=1", "model.dim=32", "model.ffn_dim=32", "model.num_heads=2"]
+    data = ["data.num_frames=8", "data.batch_size=1", "data.height=32", "data.width=32"]
+    off = ["callbacks.progress=null", "callbacks.samples=null", "+trainer.enable_progress_bar=false"]
+    learning = [
+        "optimizer.lr=0.05",
+        "learning_rate.num_warmup_steps=0",
+        "module.student_every=1",
+        "module.guidance=0.0",
+    ]
+    settings = ["module.lora.rank=4", "module.lora.alpha=8", "rollout.num_steps=3", "schedule.shift=7.0"]
+    run = ["trainer.max_steps=2", "trainer.accelerator=cpu", "precision=32-true", "callbacks.ema.start_step=0"]
+    of = [f"directory={directory}", f"initialise_from={trained}", "callbacks.checkpoint.every_n_train_steps=2"]
+    train(compose("train", ["experiment=toyworld_distill_4step", *sizes, *data, *off, *learning, *settings, *run, *of]))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def loras(distilled, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("loras")
+    for naming in ("original", "diffusers"):
+        make(distilled, folder / naming, "format=lora", f"naming={naming}")
+    return {naming: folder / naming for naming in ("original", "diffusers")}
+
+
+OWN_STEPS = ("precision=32-true", "rollout.num_steps=null")
+
+
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+def test_a_lora_over_its_base_rolls_out_as_the_run_that_trained_it(trained, distilled, loras, latents, naming):
+    """With that run's steps and noise levels, which the base does not have."""
+    expected = latents(distilled, *OWN_STEPS)
+    assert torch.equal(latents(trained, f"lora={loras[naming]}", *OWN_STEPS), expected)
+    # The same network under settings given here.
+    other = (f"lora={loras[naming]}", "precision=32-true")
+    assert torch.equal(latents(trained, *other), latents(distilled, "precision=32-true"))
+    assert not torch.equal(latents(trained, *other), expected)
+
+
+def test_a_lora_of_another_program_rolls_out_as_the_settings_say(trained, loras, latents, tmp_path):
+    """Nothing but weights: the base's noise levels, and its number of steps."""
+    shutil.copytree(loras["original"], tmp_path / "plain")
+    save_file(load_file(tmp_path / "plain" / WEIGHTS_FILE), tmp_path / "plain" / WEIGHTS_FILE)
+    made = latents(trained, f"lora={tmp_path / 'plain'}", "precision=32-true")
+    assert not torch.equal(made, latents(trained, "precision=32-true"))
+    assert not torch.equal(made, latents(trained, f"lora={loras['original']}", "precision=32-true"))
+    base = load_trained(trained)
+    rollout, schedule = base.module.rollout, base.module.schedule
+    over = with_lora(base, tmp_path / "plain").module
+    assert over.rollout == rollout
+    assert over.schedule is schedule
+
+
+def merged_by_hand(distilled: Path) -> dict[str, torch.Tensor]:
+    """Wan's names and float32 weights, from the checkpoint alone: base + alpha / rank B A of the student's average."""
+    weights = averaged_weights(checkpoint(distilled, 2))
+    merged = {}
+    for name, weight in weights.items():
+        layer = name.removesuffix(".base_layer.weight")
+        if ".lora_" in name:
+            continue
+        if layer != name:
+            product = weights[f"{layer}.lora_B.student.weight"] @ weights[f"{layer}.lora_A.student.weight"]
+            weight = torch.add(weight, product, alpha=8 / 4)
+            assert product.abs().max() > 1e-4
+        merged[name.removeprefix("network.").replace(".base_layer.", ".")] = weight
+    return merged
+
+
+def test_what_is_exported_of_a_distillation_is_base_and_averaged_student_in_one(distilled, latents, tmp_path):
+    """Every format packs or rounds the merged masters; the critic is in none."""
+    expected = merged_by_hand(distilled)
+    for name, settings in (("fp32", []), ("bf16", []), ("nvfp4", ["format.others=fp32"])):
+        make(distilled, tmp_path / f"{name}.safetensors", f"format={name}", *settings)
+    stored = {name: load_file(tmp_path / f"{name}.safetensors") for name in ("fp32", "bf16", "nvfp4")}
+    assert_same(stored["fp32"], expected)
+    assert_same(stored["bf16"], {name: weight.bfloat16() for name, weight in expected.items()})
+    for name in [name for name in stored["nvfp4"] if name.endswith("_packed")]:
+        codes = quantise(expected[name.removesuffix("_packed")], "static_6", tiles=True)
+        assert torch.equal(stored["nvfp4"][name], codes.packed)
+    assert sum(name.endswith("_packed") for name in stored["nvfp4"]) == PACKED_LAYERS
+    ours = latents(tmp_path / "fp32.safetensors", *OWN_STEPS)
+    torch.testing.assert_close(ours, latents(distilled, *OWN_STEPS), atol=1e-4, rtol=0)
+    make(tmp_path / "fp32.safetensors", tmp_path / "again.safetensors", "format=nvfp4", "format.others=fp32")
+    assert_same(load_file(tmp_path / "again.safetensors"), stored["nvfp4"])
+
+
+def test_a_lora_file_holds_the_students_average(distilled, loras):
+    saved = checkpoint(distilled, 2)
+    stored = load_file(loras["original"] / WEIGHTS_FILE)
+    averages = {
+        name.replace("network.", "base_model.model.").replace(".student.", "."): weight
+        for name, weight in averaged_weights(saved).items()
+        if ".student." in name
+    }
+    assert_same(stored, averages)
+    last = {name: weight for name, weight in saved["state_dict"].items() if ".student." in name}
+    assert any(not torch.equal(averaged_weights(saved)[name], weight) for name, weight in last.items())
+
+
+def test_a_lora_in_the_wrong_place_is_refused(trained, distilled, loras, files, tmp_path):
+    def rolled_out(*settings: str) -> None:
+        generate(compose("generate", [PROMPTS, f"directory={tmp_path / 'videos'}", *settings]))
+
+    with pytest.raises(ValueError, match="has no adapter; format=lora is for runs that train one"):
+        make(trained, tmp_path / "lora", "format=lora")
+    file = loras["original"] / WEIGHTS_FILE
+    with pytest.raises(ValueError, match=r"holds a LoRA, not a network: give its base as checkpoint="):
+        rolled_out(f"checkpoint={file}")
+    with pytest.raises(ValueError, match="has an adapter of its own, 'student'; give lora="):
+        rolled_out(f"checkpoint={distilled}", f"lora={file}")
+    with pytest.raises(ValueError, match=r"nvfp4\.safetensors is in NVFP4, and a LoRA goes over weights that are not"):
+        rolled_out(f"checkpoint={files['nvfp4']}", f"lora={file}")
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors and no pytorch_lora_weights"):
+        rolled_out(f"checkpoint={trained}", f"lora={tmp_path}")
+    assert list(tmp_path.iterdir()) == []
