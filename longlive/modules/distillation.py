@@ -190,6 +190,9 @@ class DistillationModule(LongLiveModule):
         if step % self.student_every == 0:
             loss = self.learn(STUDENT, conditions, step, values)
             values["student/distance_to_teacher"] = float(loss.frame_errors.mean())
+            if loss.prediction_errors is not None:
+                for name, errors in zip(("critic", "teacher"), loss.prediction_errors, strict=True):
+                    values[f"student/{name}_error"] = float(errors.mean())
         loss = self.learn(CRITIC, conditions, step, values)
         for scheduler in self._schedulers():
             scheduler.step()
@@ -210,7 +213,8 @@ class DistillationModule(LongLiveModule):
             role: `student` or `critic`.
             conditions: of the batch.
             step: names the draws.
-            values: gets loss, gradient norm and seconds, under names that begin with the role's.
+            values: gets loss, gradient norm, seconds and the spread between samples, under names that begin with the
+                role's.
 
         Raises:
             NonFiniteError: naming a role, if something is not finite.
@@ -219,6 +223,8 @@ class DistillationModule(LongLiveModule):
         with torch.set_grad_enabled(role == STUDENT):
             clip = self.roll_out(role, conditions, step)
         rolled_out = time.perf_counter()
+        if len(conditions.sample_ids) > 1:
+            values[f"{role}/diversity"] = float(clip.latents.detach().float().std(dim=0).mean())
         network = self.student if role == STUDENT else self.critic
         optimizer = self._optimizer(role)
         loss = self.loss(role, clip.latents, conditions, step)

@@ -152,11 +152,14 @@ class Loss:
         frame_errors: per frame and detached. Of the critic: the unweighted loss. Of the student: how far critic and
             teacher are apart, `mean_{c,h,w} |x_f - x_r|`.
         timesteps: at which the frames were scored.
+        prediction_errors: of the student: `mean_{c,h,w} (x - x_f)^2` and `(x - x_r)^2`, x_r without guidance: which of
+            critic and teacher knows its rollouts better.
     """
 
     loss: Float[Tensor, ""]
     frame_errors: PerFrame
     timesteps: PerFrame
+    prediction_errors: tuple[PerFrame, PerFrame] | None = None
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,7 @@ def student_loss(
         x, at = rollout.detach(), noised(rollout, noising, is_given)
         fake = _clean_prediction(critic, "critic", at)
         real = _clean_prediction(teacher, "teacher", at)
+        of_critic, of_teacher = ((x - clean).square().mean(dim=(2, 3, 4)) for clean in (fake, real))
         if unconditional is not None:
             without = _clean_prediction(unconditional, "teacher", at, " without prompt")
             real = guide(real, without, 1 + guidance)
@@ -222,7 +226,8 @@ def student_loss(
         require_finite(gradient, "student", "the gradient (x_f - x_r) / mean|x - x_r|")
     # x - stopgrad(x - g) in this order, because x - x is exactly 0: nothing of a small g is lost in x.
     errors = (rollout - x + gradient).square().mean(dim=(2, 3, 4))
-    return Loss(0.5 * counted.mean(errors), (fake - real).abs().mean(dim=(2, 3, 4)), at.timesteps)
+    apart = (fake - real).abs().mean(dim=(2, 3, 4))
+    return Loss(0.5 * counted.mean(errors), apart, at.timesteps, (of_critic, of_teacher))
 
 
 def critic_loss(

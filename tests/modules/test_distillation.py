@@ -141,6 +141,19 @@ def test_the_critic_learns_in_every_step_and_the_student_in_every_third(make: Ma
         assert all(math.isfinite(value) and value > 0 for value in values.values())
 
 
+def test_a_step_says_what_the_health_of_a_distillation_is_told_by(make: MakeDistillation) -> None:
+    """The critic starts as the teacher, and so as wrong as it; the spread is that of the rollout learned from."""
+    watch, module = Watch(), make(noisy=False)
+    fit(module, [batch(0)], callbacks=[watch])
+    (values,) = watch.values
+    assert values["student/critic_error"] == pytest.approx(values["student/teacher_error"], rel=1e-6)
+    first = make(noisy=False)
+    with torch.no_grad():
+        clip = first.roll_out("student", first.conditions(batch(0)), 0).latents
+    expected = clip.double().sub(clip.double().mean(dim=0)).square().sum(dim=0).sqrt().mean()
+    assert values["student/diversity"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_the_average_is_the_students_and_moves_with_it(make: MakeDistillation) -> None:
     """The average of the critic is nobody's; counted in the critic's steps, it would forget five times as fast."""
     ema = EMA(decay=0.9)

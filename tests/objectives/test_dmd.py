@@ -365,3 +365,23 @@ def test_settings_that_do_not_belong_together_are_refused() -> None:
         noised(x[:, :4], draws)
     with pytest.raises(ValueError, match="noise was drawn for"):
         noised(x, replace(draws, timesteps=draws.timesteps[:, :1].repeat(1, 4)))
+
+
+def test_the_students_loss_says_how_well_critic_and_teacher_know_its_rollouts() -> None:
+    """By the formulas. Guidance is the teacher's aim and not its knowledge: it has no part in its error."""
+    rollout, draws = randn(*SHAPE, seed=1), noising()
+    off = 0.1 * randn(*SHAPE, seed=2)
+
+    def critic(latents: Tensor, timesteps: Tensor) -> Tensor:
+        return torch.zeros_like(latents)
+
+    def teacher(latents: Tensor, timesteps: Tensor) -> Tensor:
+        return draws.noise - rollout + off
+
+    loss = student_loss(rollout, draws, counted(), critic=critic, teacher=teacher, unconditional=critic, guidance=3.0)
+    sigma = draws.timesteps.double().repeat_interleave(CHUNK, dim=1)[:, :, None, None, None] / 1000
+    of_critic = (sigma * (draws.noise.double() - rollout.double())).square().mean(dim=(2, 3, 4))
+    of_teacher = (sigma * off.double()).square().mean(dim=(2, 3, 4))
+    assert loss.prediction_errors is not None
+    for errors, expected in zip(loss.prediction_errors, (of_critic, of_teacher), strict=True):
+        torch.testing.assert_close(errors.double(), expected, rtol=1e-4, atol=1e-9)
