@@ -1,5 +1,6 @@
 """What a user installs: the wheel holds everything, and the pinned versions are complete and fit the bounds."""
 
+import ast
 import os
 import re
 import subprocess
@@ -97,13 +98,23 @@ def test_pins_name_public_versions_and_no_package_host():
     assert not re.search(r"https?:|--|\bfile:", text)
 
 
+def imported_packages(path: Path) -> set[str]:
+    """The first names of all absolute imports in a file, wherever in it they are."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
 def test_every_third_party_import_is_a_declared_dependency():
     """An import that only works because another package happens to bring it breaks with that package's next release."""
     distributions = {"PIL": "pillow", "hydra": "hydra-core", "transformer_engine": "transformer-engine"}
     declared = {canonicalize_name(requirement.name) for requirement in requirements("nvfp4", "slurm")}
     for path in (ROOT / "longlive").rglob("*.py"):
-        for match in re.finditer(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE):
-            name = match[1]
+        for name in imported_packages(path):
             if name not in sys.stdlib_module_names and name not in ("longlive", "__future__"):
                 assert canonicalize_name(distributions.get(name, name)) in declared, f"{path.relative_to(ROOT)}: {name}"
 

@@ -158,7 +158,7 @@ def test_the_windows_of_all_ranks_make_up_the_clip(clip: str, num_ranks: int) ->
     assert torch.equal(torch.cat([part.raw_frames for part in parts]), whole.raw_frames)
     assert [part.frame_offset for part in parts] == [window.frame_offset for window in WINDOWS[num_ranks]]
     for part in parts:
-        assert replace(part, raw_frames=whole.raw_frames, frame_offset=0) == whole
+        assert vars(part) | {"raw_frames": None, "frame_offset": 0} == vars(whole) | {"raw_frames": None}
 
 
 def test_windows_with_a_halo_overlap() -> None:
