@@ -8,6 +8,7 @@ so, and `longlive doctor run <dir> --step=N` works them out.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import subprocess
 import sys
@@ -15,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
@@ -96,8 +96,8 @@ class Provenance(Callback):
 
 
 def _as_code(tree: Mapping[str, Any]) -> str:
-    """Markdown that shows YAML as it is."""
-    return "".join(f"    {line}\n" for line in yaml.safe_dump(dict(tree), sort_keys=False, width=200).splitlines())
+    """Markdown that shows JSON as it is."""
+    return "".join(f"    {line}\n" for line in json.dumps(dict(tree), indent=2, default=str).splitlines())
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, int | float | str]]:
