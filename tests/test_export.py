@@ -255,7 +255,7 @@ def distilled(trained, tmp_path_factory) -> Path:
     """Two steps of distillation from that run, with other noise levels; the student's average is not its weights."""
     directory = tmp_path_factory.mktemp("distilled")
     sizes = ["model.num_layers=1", "model.dim=32", "model.ffn_dim=32", "model.num_heads=2"]
-    data = ["data.num_frames=8", "data.batch_size=1", "data.height=32", "data.width=32"]
+    data = ["data.num_frames=8", "data.batch_size=1", "data.height=32", "data.width=32", "data.prompts.num_prompts=4"]
     off = ["callbacks.progress=null", "callbacks.samples=null", "+trainer.enable_progress_bar=false"]
     learning = [
         "optimizer.lr=0.05",
