@@ -75,8 +75,10 @@ def test_a_worker_that_was_killed_is_an_error_that_names_the_sample(pristine_sha
     assert "was killed by SIGKILL, and" in str(error.value)
 
 
-def test_a_death_that_is_noticed_elsewhere_is_explained_by_a_note(pristine_shards, spec, ended):
+def test_a_death_that_is_noticed_elsewhere_is_explained_by_a_note(pristine_shards, spec, ended, monkeypatch):
     """torch raises wherever the training process is when the worker dies: in the middle of a step."""
+    # Lightning puts back the handlers that were there before a fit, and torch, which sets its own once, does not know.
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
     module = VideoDataModule(
         pristine_shards, num_frames=3, chunk_frames=1, height=16, width=32, num_workers=1, reader_timeout=60
     )

@@ -72,10 +72,15 @@ def moment(whole: Whole, draw: random.Random, number: int, begins_at: int) -> tu
     rank = draw.randrange(RANKS)
     kind = "setup" if number % 10 == 9 else ("step", "save", "step", "written")[number % 4]
     if kind == "setup":
-        return rank, kind, 0, 1 + draw.randrange(whole.calls[rank][kind, 0])
+        return rank, kind, 0, 1 + draw.randrange(sure(whole.calls[rank][kind, 0]))
     after = draw.randrange(min(2 * INTERVAL, STEPS - begins_at)) if kind == "step" else INTERVAL
     counted = after % INTERVAL if kind == "step" else INTERVAL
-    return rank, kind, begins_at + after, 1 + draw.randrange(whole.calls[rank][kind, counted])
+    return rank, kind, begins_at + after, 1 + draw.randrange(sure(whole.calls[rank][kind, counted]))
+
+
+def sure(calls: int) -> int:
+    """How many of the calls that one start made another one makes as well: a resumed start skips some."""
+    return max(1, calls * 3 // 4)
 
 
 def curve_values(directory: Path) -> dict[str, dict[int, float]]:
