@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from longlive.callbacks.stop_on_signal import StopOnSignal
 from longlive.data.atomic import write_aside
@@ -80,6 +81,10 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._start is None:
+            return
+        if isinstance(exception, SIGTERMException):
+            # Lightning's handler was still there when the signal came: it ends the run after the step, too.
+            self._update(trainer, state="stopped", signal="SIGTERM", last_step=trainer.global_step, ended=time.time())
             return
         error = {
             "rank": trainer.global_rank,

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from helpers.interrupted import Signal
 from helpers.runs import fake_batches, fit, tiny_module
@@ -75,6 +76,14 @@ def test_an_error_is_kept_with_its_message_by_the_rank_that_had_it(tmp_path):
     assert read_errors(tmp_path, since=start["ended"] + 1) == []
     (tmp_path / ERRORS / "rank-0003.json").write_text(json.dumps(error | {"rank": 3, "time": error["time"] - 0.1}))
     assert [each["rank"] for each in read_errors(tmp_path, since=0.0)] == [3, 0]
+
+
+def test_a_signal_that_lightning_answers_is_no_failure(tmp_path):
+    with pytest.raises(SIGTERMException):
+        run(tmp_path, Look(tmp_path, SIGTERMException()))
+    (start,) = read_starts(tmp_path)
+    assert (start["state"], start["signal"], start["last_step"]) == ("stopped", "SIGTERM", 2)
+    assert not (tmp_path / ERRORS).exists()
 
 
 def test_a_start_that_is_refused_leaves_the_record_as_it_was(tmp_path):
