@@ -83,7 +83,7 @@ class RunRecord(Callback):
         if self._start is None:
             return
         if isinstance(exception, SIGTERMException):
-            # Lightning's handler was still there when the signal came: it ends the run after the step, too.
+            # A run without `StopOnSignal`, which Lightning ends at a signal.
             self._update(trainer, state="stopped", signal="SIGTERM", last_step=trainer.global_step, ended=time.time())
             return
         error = {

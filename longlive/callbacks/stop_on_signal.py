@@ -90,6 +90,10 @@ class StopOnSignal(Callback):
         self._last_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self._listen()
+        if trainer.received_sigterm and "SIGTERM" in self.signals:
+            # Lightning's handler came before ours. Left to it, the run would end by an exception after the first step.
+            self._received[self.signals.index("SIGTERM")] = 1
+            trainer._signal_connector.received_sigterm = False
         if trainer.world_size > 1 and dist.is_initialized():
             # On the CPU: training's own device is not waited for.
             self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
