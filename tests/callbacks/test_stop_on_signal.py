@@ -78,14 +78,14 @@ def test_a_signal_before_training_stops_it_after_the_first_step(tmp_path):
 
 
 def test_a_signal_that_lightning_gets_before_training_stops_it_in_the_same_way(tmp_path):
-    """Lightning listens first, and would raise after the first step: a run that failed, with or without a checkpoint."""
+    """Lightning listens first, and would raise after the first step: a run that has failed."""
 
     class Early(Callback):
-        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     listener = StopOnSignal()
-    assert run(tmp_path, listener, Early()).global_step == 1
+    assert run(tmp_path, Early(), listener).global_step == 1
     assert listener.stopped_by == "SIGTERM"
     assert names(tmp_path) == ["step-0000001.ckpt"]
 
