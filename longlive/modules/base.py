@@ -11,7 +11,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -67,6 +67,8 @@ class LongLiveModule(LightningModule):
     """
 
     network: CausalWan | None
+    rollout_adapter: ClassVar[str | None] = None
+    """Of those that `add_adapters` adds, the one that a rollout multiplies by."""
 
     def __init__(
         self,
@@ -134,12 +136,13 @@ class LongLiveModule(LightningModule):
         return self._frozen[1]
 
     def configure_model(self) -> None:
-        """Build the network: on meta -> precision -> shard -> weights. Called again for validation, it finds nothing to
-        do."""
+        """Build the network: on meta -> adapters -> precision -> shard -> weights. Called again for validation, it
+        finds nothing to do."""
         if self.network is not None:
             return
         with torch.device("meta"):
             network = CausalWan(self.model_config)
+            self.add_adapters(network)
         device: torch.device | str = "cpu"
         if self._trainer is not None:
             # Lightning calls this after configure_model again, and finds nothing left to convert.
@@ -148,7 +151,14 @@ class LongLiveModule(LightningModule):
             if isinstance(strategy, ShardedStrategy):
                 network, device = strategy.shard(network), strategy.root_device
         materialise(network, device, self.weights, self.seed)
-        self.hold(network)
+        self.initialise_adapters(network)
+        self.hold(network, self.rollout_adapter)
+
+    def add_adapters(self, network: CausalWan) -> None:
+        """What a stage adds to the network while it is on meta; here nothing."""
+
+    def initialise_adapters(self, network: CausalWan) -> None:
+        """The weights of what `add_adapters` added, once it has memory."""
 
     def hold(self, network: CausalWan, adapter: str | None = None) -> None:
         """Take a network: the one that `configure_model` built, or in its place a finished one from elsewhere.

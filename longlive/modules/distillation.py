@@ -42,8 +42,6 @@ from longlive.objectives.dmd import (
     require_finite,
     student_loss,
 )
-from longlive.parallel.materialise import materialise
-from longlive.parallel.strategy import ShardedStrategy
 from longlive.rollout.student import Clip, StudentRollout
 from longlive.typing import Bool, Int, Latents, PerFrame, PromptEmbeds, Tensor
 
@@ -94,6 +92,7 @@ class DistillationModule(LongLiveModule):
         ValueError: for settings out of range, or a rollout with guidance.
     """
 
+    rollout_adapter = STUDENT
     student: AdaptedNetwork
     teacher: AdaptedNetwork
     critic: AdaptedNetwork
@@ -137,33 +136,24 @@ class DistillationModule(LongLiveModule):
         self.given_frames = given_frames
         self.max_gradient_norm = max_gradient_norm
 
-    def configure_model(self) -> None:
-        """Build the network: on meta -> adapters -> precision -> shard -> weights, and the roles over it.
+    def add_adapters(self, network: CausalWan) -> None:
+        """The student's and the critic's, the only ones that learn.
 
         Raises:
             ValueError: under a strategy that splits clips.
         """
-        if self.network is not None:
-            return
         if self.sequence.size > 1:
             raise ValueError(
                 f"sequence_parallel_size={self.sequence.size}: the rollout of distillation runs on whole clips; use 1"
             )
-        with torch.device("meta"):
-            network = CausalWan(self.model_config)
-            for name, settings in self.lora.items():
-                add_adapter(network, name, settings)
+        for name, settings in self.lora.items():
+            add_adapter(network, name, settings)
         train_only(network, list(self.lora))
-        device: torch.device | str = "cpu"
-        if self._trainer is not None:
-            network = self.trainer.precision_plugin.convert_module(network)  # type: ignore[assignment]
-            strategy = self.trainer.strategy
-            if isinstance(strategy, ShardedStrategy):
-                network, device = strategy.shard(network), strategy.root_device
-        materialise(network, device, self.weights, self.seed)
+
+    def initialise_adapters(self, network: CausalWan) -> None:
+        """Also the roles, which are views of the network."""
         for name in self.lora:
             initialise_adapter(network, name, self.seed)
-        self.hold(network, STUDENT)
         self.student = AdaptedNetwork(network, STUDENT)
         self.critic = AdaptedNetwork(network, CRITIC)
         self.teacher = AdaptedNetwork(network, None)
