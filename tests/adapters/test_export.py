@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from helpers.runs import random_network
 from longlive.adapters import export
 from longlive.adapters.export import CastFormat, ExportSummary, NVFP4Format, check_export, write_export
 from longlive.models.wan.config import WanConfig
@@ -25,18 +26,9 @@ BLOCK_LAYERS = [f"{side}_attn.{part}" for side in ("self", "cross") for part in 
 RUN = {"module": {"model": {"dim": 64}}, "data": {"train": "somewhere", "fps": 24.0}}
 
 
-def make_network(config: WanConfig = CONFIG) -> CausalWan:
-    """No weight is zero or a number of bfloat16."""
-    network = CausalWan(config)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data.normal_(generator=generator)
-    return network
-
-
 @pytest.fixture(scope="module")
 def network() -> CausalWan:
-    return make_network()
+    return random_network(CONFIG)
 
 
 def write(path: Path, network: CausalWan, format: Any, **settings: Any) -> ExportSummary:
@@ -137,7 +129,7 @@ def test_what_is_packed_decodes_to_the_weights(network, tmp_path, rule):
 
 def test_the_chosen_layers_are_the_plugins(tmp_path):
     """Sizes that do not fit stay, and so do the last blocks and what no pattern names."""
-    network = make_network(WanConfig.tiny(num_layers=2, dim=64, ffn_dim=80, **SIZES))
+    network = random_network(WanConfig.tiny(num_layers=2, dim=64, ffn_dim=80, **SIZES))
     write(tmp_path / "sizes.safetensors", network, NVFP4Format(keep_last_blocks_bf16=0.5))
     packed = [name for name in load_file(tmp_path / "sizes.safetensors") if name.endswith("_packed")]
     assert sorted(packed) == sorted(f"blocks.0.{layer}.weight_packed" for layer in BLOCK_LAYERS[:8])

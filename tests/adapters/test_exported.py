@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers.runs import random_network
 from longlive.adapters.export import CastFormat, NVFP4Format, write_export
 from longlive.adapters.exported import load_network, read_description
 from longlive.models.wan.config import WanConfig
@@ -31,17 +32,9 @@ RUN = {"module": {}, "data": {"fps": 24.0}}
 PACKED = {"rule": "mse", "tiles": True, "layers": ["a"], "keep_last_blocks_bf16": 0.0}
 
 
-def make_network() -> CausalWan:
-    network = CausalWan(CONFIG)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data.normal_(generator=generator)
-    return network
-
-
 @pytest.fixture(scope="module")
 def network() -> CausalWan:
-    return make_network()
+    return random_network(CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util.tensor_util import make_ndarray
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from longlive.codecs.dct import DCTCodec
@@ -24,6 +25,7 @@ from longlive.data.shards import write_shards
 from longlive.data.toyworld import ToyWorldSource
 from longlive.diffusion.schedule import FlowSchedule
 from longlive.models.wan.config import WanConfig
+from longlive.models.wan.model import CausalWan
 from longlive.modules.teacher_forcing import TeacherForcingModule
 from longlive.text.toy import ToyTextEncoder
 from longlive.train import train
@@ -231,3 +233,24 @@ def fit(
         module, DataLoader(Stream(batches), batch_size=None), val_loader, ckpt_path=checkpoint, weights_only=True
     )
     return trainer
+
+
+class Randomise(Callback):
+    """The head starts at zero, where most gradients vanish; a parity of zeros proves nothing."""
+
+    @torch.no_grad()
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, parameter in pl_module.named_parameters():
+            noise = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            if isinstance(parameter, DTensor):
+                noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
+            parameter.add_(noise)
+
+
+def random_network(config: WanConfig) -> CausalWan:
+    """No weight is zero, one, or a number of bfloat16."""
+    network = CausalWan(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data.normal_(generator=generator)
+    return network

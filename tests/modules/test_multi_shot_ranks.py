@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from helpers.distributed import run_on_ranks
-from helpers.runs import assert_same, fit, tiny_module
+from helpers.runs import Randomise, assert_same, fit, tiny_module
 from longlive.data.batch import BatchSpec, VideoBatch
 from longlive.models.wan.config import WanConfig
 from longlive.modules.multi_shot import MultiShotModule
@@ -106,18 +106,6 @@ def make_module(error_recycling: ErrorRecycling | None) -> MultiShotModule:
     )
     assert isinstance(module, MultiShotModule)
     return module
-
-
-class Randomise(Callback):
-    """The head starts at zero, where most gradients vanish; a parity of zeros proves nothing."""
-
-    @torch.no_grad()
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for name, parameter in pl_module.named_parameters():
-            noise: Tensor = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-            if isinstance(parameter, DTensor):
-                noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
-            parameter.add_(noise)
 
 
 @dataclass

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.distributed import run_on_ranks
-from helpers.runs import fit, tiny_module
+from helpers.runs import Randomise, fit, tiny_module
 from longlive.data.batch import BatchSpec, VideoBatch
 from longlive.models.wan.config import WanConfig
 from longlive.modules.teacher_forcing import TeacherForcingModule
@@ -67,18 +67,6 @@ def make_module(
     return tiny_module(
         module_class=module_class, model=WanConfig.tiny(num_layers=2, dim=32, ffn_dim=32, num_heads=4), **changes
     )
-
-
-class Randomise(Callback):
-    """The head starts at zero, where most gradients vanish; a parity of zeros proves nothing."""
-
-    @torch.no_grad()
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for name, parameter in pl_module.named_parameters():
-            noise: Tensor = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-            if isinstance(parameter, DTensor):
-                noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
-            parameter.add_(noise)
 
 
 @dataclass
