@@ -36,14 +36,9 @@ from longlive.diffusion.schedule import FlowSchedule
 from longlive.diffusion.solver import make_solver
 from longlive.models.wan.model import CausalWan
 from longlive.rollout.cache import ChunkView, KeyValueCache
+from longlive.rollout.request import GivenFrames, NegativeEmbeds, check_given, check_request
 from longlive.rollout.settings import CACHE_DTYPES, RolloutSettings
 from longlive.typing import Float, Int, Latents, PerFrame, PromptEmbeds, Tensor
-
-NegativeEmbeds = Float[Tensor, "1 negative_s d"]
-"""The prompt of the unconditional branch, with as many text tokens as the other prompts."""
-
-GivenFrames = Float[Tensor, "b given c h w"]
-"""Clean latents that a video starts with."""
 
 
 @dataclass
@@ -179,9 +174,17 @@ class RolloutEngine:
         Raises:
             ValueError: before any work, if the arguments do not fit one another or the network.
         """
-        self._check(prompt_embeds, prompt_index, shot_index, sample_ids, negative_embeds)
+        check_request(
+            prompt_embeds,
+            prompt_index,
+            shot_index,
+            sample_ids,
+            negative_embeds,
+            text_dim=self.model.config.text_dim,
+            settings=self.settings,
+        )
         num_chunks = prompt_index.shape[1]
-        self.check_given(given, (len(sample_ids), num_chunks * self.settings.chunk_frames, *latent_shape))
+        check_given(given, (len(sample_ids), num_chunks * self.settings.chunk_frames, *latent_shape))
         state = self.start(latent_shape, seed, sample_ids, num_chunks)
         prompt_index = prompt_index.to(self.device)
 
@@ -356,55 +359,6 @@ class RolloutEngine:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         return time.perf_counter()
-
-    def _check(
-        self,
-        prompt_embeds: PromptEmbeds,
-        prompt_index: Int[Tensor, "b p"],
-        shot_index: Int[Tensor, "b chunk"],
-        sample_ids: Sequence[int],
-        negative_embeds: NegativeEmbeds | None,
-    ) -> None:
-        if len(prompt_embeds) == 0 or prompt_index.numel() == 0:
-            raise ValueError(
-                "no prompt: a rollout needs at least one sample with at least one chunk, and a prompt for each"
-            )
-        if prompt_index.shape != shot_index.shape or len(sample_ids) != len(prompt_index):
-            raise ValueError(
-                f"prompt_index {tuple(prompt_index.shape)}, shot_index {tuple(shot_index.shape)} and {len(sample_ids)} "
-                "sample_ids do not fit; give every chunk of every sample a prompt and a shot, and every sample an id"
-            )
-        lowest, highest = int(prompt_index.min()), int(prompt_index.max())
-        if lowest < 0 or highest >= len(prompt_embeds):
-            raise ValueError(
-                f"prompt_index reaches from {lowest} to {highest}, but there are {len(prompt_embeds)} prompts"
-            )
-        if prompt_embeds.shape[-1] != self.model.config.text_dim:
-            raise ValueError(
-                f"prompt_embeds of {prompt_embeds.shape[-1]} features: the network takes {self.model.config.text_dim}"
-            )
-        if self.settings.guided != (negative_embeds is not None):
-            need = "needs" if self.settings.guided else "takes no"
-            raise ValueError(
-                f"guidance_scale={self.settings.guidance_scale} {need} negative_embeds; give the embedding of the "
-                "negative prompt (usually the empty one) exactly when the scale is not 1"
-            )
-        if negative_embeds is not None and negative_embeds.shape != (1, *prompt_embeds.shape[1:]):
-            raise ValueError(
-                f"negative_embeds {tuple(negative_embeds.shape)} must be {(1, *prompt_embeds.shape[1:])}: one prompt, "
-                "with as many text tokens and features as the others"
-            )
-
-    def check_given(self, given: GivenFrames | None, video_shape: tuple[int, ...]) -> None:
-        """Raise the `ValueError` for frames that cannot begin videos `(b, f, c, h, w)`."""
-        batch, num_frames, *frame_shape = video_shape
-        if given is None:
-            return
-        if given.shape[0] != batch or list(given.shape[2:]) != frame_shape or not 1 <= given.shape[1] <= num_frames:
-            raise ValueError(
-                f"given {tuple(given.shape)} are no first frames of videos {video_shape}; give every sample as many, "
-                f"at least 1 and at most {num_frames}, of the same size"
-            )
 
 
 def hold(x: Latents, given: GivenFrames | None) -> Latents:

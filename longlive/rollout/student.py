@@ -24,7 +24,8 @@ import torch
 from longlive import rng
 from longlive.diffusion.path import x0_from_velocity
 from longlive.diffusion.solver import make_solver
-from longlive.rollout.engine import ChunkCondition, GivenFrames, RolloutEngine, RolloutState, hold
+from longlive.rollout.engine import ChunkCondition, RolloutEngine, RolloutState, hold
+from longlive.rollout.request import GivenFrames, check_given
 from longlive.rollout.settings import RolloutSettings
 from longlive.typing import Int, Latents, PromptEmbeds, Tensor
 
@@ -116,7 +117,7 @@ class StudentRollout:
             ValueError: if frames are given that cannot begin these videos.
         """
         num_frames = (state.next_chunk + prompt_index.shape[1]) * self.engine.settings.chunk_frames
-        self.engine.check_given(given, (len(state.sample_ids), num_frames, *state.latent_shape))
+        check_given(given, (len(state.sample_ids), num_frames, *state.latent_shape))
         first, exits, chunks = state.next_chunk, [], []
         prompt_index = prompt_index.to(self.engine.device)
         for position in range(prompt_index.shape[1]):

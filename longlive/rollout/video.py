@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from longlive.codecs.base import VideoCodec
-from longlive.rollout.engine import ChunkReport, GivenFrames, RolloutEngine
+from longlive.rollout.engine import ChunkReport, RolloutEngine
+from longlive.rollout.request import GivenFrames
 from longlive.text.base import TextEncoder
 from longlive.text.cache import unique_prompts
 from longlive.typing import Float, Int, RawFrames, Tensor, Video
