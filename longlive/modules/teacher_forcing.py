@@ -6,15 +6,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from longlive import rng
 from longlive.data.batch import VideoBatch
-from longlive.models.attention import ChunkedAttention, SelfAttention
+from longlive.models.attention import SelfAttention
 from longlive.models.visibility import Role, VisibilityRule
 from longlive.modules.base import LongLiveModule
 from longlive.objectives.error_recycling import ErrorRecycling, Step
+from longlive.objectives.pieces import HeldPieces
 from longlive.objectives.teacher_forcing import (
     TeacherForcingInputs,
     draw,
@@ -23,7 +23,6 @@ from longlive.objectives.teacher_forcing import (
     make_inputs,
     weighted_loss,
 )
-from longlive.parallel.ulysses import UlyssesAttention
 from longlive.precision.plugin import LinearPrecision
 from longlive.typing import Bool, Int, Latents, PerFrame, Tensor
 
@@ -129,8 +128,7 @@ class TeacherForcingModule(LongLiveModule):
 
     def chunks(self, batch: VideoBatch, role: Role) -> tuple[int, ...]:
         """The chunks of the clip that this process holds in a role."""
-        sequence = self.sequence
-        return sequence.layout(batch.shot_index.shape[1]).of_role(sequence.rank, role)
+        return self.pieces(batch).chunks(role)
 
     def scored_frames(self, batch: VideoBatch, frame_index: Int[Tensor, " f"]) -> Bool[Tensor, "b f"]:
         """Which target frames carry loss: no padding, no given frame, no sample that sequence peers read differently.
@@ -216,42 +214,28 @@ class TeacherForcingModule(LongLiveModule):
         prompt_index: Int[Tensor, "b chunk"],
     ) -> Latents:
         """The network's velocity for the targets."""
-        pieces = torch.tensor(self.chunks(batch, Role.CLEAN) + self.chunks(batch, Role.NOISY))
+        pieces = self.pieces(batch)
         precision = self.trainer.precision_plugin if self._trainer is not None else None
         if isinstance(precision, LinearPrecision):
-            precision.place_tokens(self.token_positions(batch, inputs.latents))
+            tokens_per_frame = self.model_config.tokens_per_frame(*inputs.latents.shape[-2:])
+            precision.place_tokens(pieces.token_positions(batch.sample_ids, tokens_per_frame).to(self.device))
         velocity: Latents = self.trained_network(
             latents=inputs.latents,
             timesteps=inputs.timesteps,
             prompt_embeds=prompt_embeds,
-            prompt_index=prompt_index[:, pieces.to(prompt_index.device)],
-            frame_positions=self.frame_positions(batch)[:, frames_of_chunks(pieces.tolist(), self.chunk_frames)],
+            prompt_index=pieces.prompt_index(prompt_index),
+            frame_positions=pieces.frame_positions(self.device),
             attention=self.attention(batch, inputs.latents),
         )
         return velocity[:, inputs.num_history_frames :]
 
-    def token_positions(self, batch: VideoBatch, latents: Latents) -> Int[Tensor, "b l"]:
-        """A number for every token of the copies of `latents` here, the same one whichever rank holds the token: by
-        sample, then as one rank alone would order the clip's tokens."""
-        rows, columns = self.model_config.patches(*latents.shape[-2:])
-        chunk_tokens, num_chunks = self.chunk_frames * rows * columns, batch.shot_index.shape[1]
-        clean, noisy = self.chunks(batch, Role.CLEAN), self.chunks(batch, Role.NOISY)
-        pieces = torch.tensor([*clean, *(num_chunks + chunk for chunk in noisy)])
-        in_clip = (pieces[:, None] * chunk_tokens + torch.arange(chunk_tokens)).flatten().to(latents.device)
-        return batch.sample_ids.to(latents.device)[:, None] * (2 * num_chunks * chunk_tokens) + in_clip
+    def pieces(self, batch: VideoBatch) -> HeldPieces:
+        """What this process holds of the clips."""
+        return HeldPieces(batch.shot_index, self.chunk_frames, self.sequence, self.rule, self.shot_rope_offset)
 
     def attention(self, batch: VideoBatch, latents: Latents) -> SelfAttention:
         """Who sees whom, for clean and noisy copies of the size of `latents`, on all ranks of the sequence group."""
-        sequence = self.sequence
-        rows, columns = self.model_config.patches(*latents.shape[-2:])
-        layout = sequence.layout(batch.shot_index.shape[1])
-        inner = ChunkedAttention(layout.delivered(self.chunk_frames * rows * columns), batch.shot_index, self.rule)
-        return inner if sequence.group is None else UlyssesAttention(inner, sequence.group)
-
-    def frame_positions(self, batch: VideoBatch) -> PerFrame:
-        """RoPE position of every frame of the clip: its index, plus the offset of its shot."""
-        shot = batch.shot_index.repeat_interleave(self.chunk_frames, dim=1)
-        return (torch.arange(shot.shape[1]) + self.shot_rope_offset * shot.float()).to(self.device)
+        return self.pieces(batch).attention(self.model_config.tokens_per_frame(*latents.shape[-2:]))
 
     def frame_losses(self, prediction: Latents, inputs: TeacherForcingInputs) -> PerFrame:
         """One unweighted loss per noisy frame. Weights, padding and averaging are applied afterwards."""

@@ -85,8 +85,15 @@ def test_a_step_tells_shot_and_place_of_every_frame(
 
 def test_a_cut_is_heard_in_time(make_module: Callable[..., TeacherForcingModule], batch: VideoBatch) -> None:
     module = make_module(MultiShotModule)
-    assert module.frame_positions(batch).tolist() == [[0, 1, 10, 11, 12, 13], [0, 1, 2, 3, 12, 13]]
-    assert make_module(MultiShotModule, shot_rope_offset=0.0).frame_positions(batch)[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert module.pieces(batch).clip_positions().tolist() == [[0, 1, 10, 11, 12, 13], [0, 1, 2, 3, 12, 13]]
+    assert make_module(MultiShotModule, shot_rope_offset=0.0).pieces(batch).clip_positions()[0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
 
 
 def test_a_batch_with_different_cuts_trains_like_its_samples_alone(

@@ -296,8 +296,8 @@ def test_positions_count_frames_and_skip_at_a_cut(
     make_module: Callable[..., TeacherForcingModule], batch: VideoBatch
 ) -> None:
     module = make_module(shot_rope_offset=8.0)
-    assert module.frame_positions(batch).tolist() == [[0, 1, 10, 11, 12, 13], [0, 1, 2, 3, 4, 5]]
-    assert make_module().frame_positions(batch).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert module.pieces(batch).clip_positions().tolist() == [[0, 1, 10, 11, 12, 13], [0, 1, 2, 3, 4, 5]]
+    assert make_module().pieces(batch).clip_positions().tolist() == [[0, 1, 2, 3, 4, 5]] * 2
     difference = (velocity(module, batch) - velocity(make_module(), batch)).abs().amax((2, 3, 4))
     assert difference[0, :2].max() < 1e-5
     assert difference[0, 2:].min() > 1e-3
@@ -311,7 +311,7 @@ def test_positions_are_exact_whatever_torchs_default_dtype_is(
     module = make_module(shot_rope_offset=8.0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        positions = module.frame_positions(replace(batch, shot_index=torch.zeros(2, 150, dtype=torch.int64)))
+        positions = module.pieces(replace(batch, shot_index=torch.zeros(2, 150, dtype=torch.int64))).clip_positions()
     finally:
         torch.set_default_dtype(torch.float32)
     assert positions[0].tolist() == list(range(300))
