@@ -263,10 +263,15 @@ class LongLiveModule(LightningModule):
         return (torch.stack(theirs) == ours).all(dim=0).cpu()
 
     def rollout_engine(self, settings: RolloutSettings | None = None) -> RolloutEngine:
-        """An engine over this network as it is now, with its adapter; `settings` default to the module's own."""
-        network = self.trained_network
+        """An engine over this network as it is now, with its adapter; `settings` default to the module's own.
+
+        The ranks of a sequence group share its rollouts. Where they do not divide the frames of a chunk, which training
+        on clips does not ask for, every rank makes the whole of them.
+        """
+        network, settings = self.trained_network, settings or self.rollout
         rolled_out = network if self.adapter is None else AdaptedNetwork(network, self.adapter)
-        return RolloutEngine(rolled_out, settings or self.rollout, self.schedule)
+        sequence = ALONE if settings.chunk_frames % self.sequence.size else self.sequence
+        return RolloutEngine(rolled_out, settings, self.schedule, sequence)
 
     def weights_of(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This module's weights as another run stored them: its own frozen ones where it stored none."""

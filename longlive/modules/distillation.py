@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -28,8 +28,7 @@ from longlive.adapters.adapted import AdaptedNetwork
 from longlive.adapters.lora import LoRASettings, add_adapter, base_name, initialise_adapter, train_only
 from longlive.data.batch import VideoBatch
 from longlive.data.prompt_batches import PromptBatch
-from longlive.models.attention import ChunkedAttention
-from longlive.models.visibility import teacher_forcing_segments
+from longlive.models.visibility import Role
 from longlive.models.wan.model import CausalWan
 from longlive.modules.base import LongLiveModule, OptimizerFactory
 from longlive.objectives.dmd import (
@@ -42,6 +41,9 @@ from longlive.objectives.dmd import (
     require_finite,
     student_loss,
 )
+from longlive.objectives.pieces import HeldPieces
+from longlive.parallel.collectives import gather_parts
+from longlive.parallel.layout import check_rollout
 from longlive.rollout.student import Clip, StudentRollout
 from longlive.typing import Bool, Int, Latents, PerFrame, PromptEmbeds, Tensor
 
@@ -61,6 +63,7 @@ class Conditions:
         sample_ids: name the draws.
         latent_shape: (channels, height, width).
         given: first frames of the videos; None: none are given.
+        counts: which samples carry loss; None: all of them.
     """
 
     prompt_embeds: PromptEmbeds
@@ -69,6 +72,7 @@ class Conditions:
     sample_ids: tuple[int, ...]
     latent_shape: tuple[int, int, int]
     given: Latents | None
+    counts: Bool[Tensor, " b"] | None = None
 
 
 class DistillationModule(LongLiveModule):
@@ -140,11 +144,14 @@ class DistillationModule(LongLiveModule):
         """The student's and the critic's, the only ones that learn.
 
         Raises:
-            ValueError: under a strategy that splits clips.
+            ValueError: under a strategy whose ranks cannot share a rollout, or have no targets to score.
         """
-        if self.sequence.size > 1:
+        size = self.sequence.size
+        check_rollout(self.chunk_frames, self.model_config.num_heads, size)
+        if not all(self.sequence.layout(size).of_role(rank, Role.NOISY) for rank in range(size)):
             raise ValueError(
-                f"sequence_parallel_size={self.sequence.size}: the rollout of distillation runs on whole clips; use 1"
+                f"sequence_parallel_size={size}: this strategy gives some ranks clean chunks alone, and a step of "
+                "distillation is learned from noisy ones on every rank; use strategy=balanced_sp"
             )
         for name, settings in self.lora.items():
             add_adapter(network, name, settings)
@@ -186,13 +193,13 @@ class DistillationModule(LongLiveModule):
         loss = self.learn(CRITIC, conditions, step, values)
         for scheduler in self._schedulers():
             scheduler.step()
-        frames = torch.arange(loss.frame_errors.shape[1], device=self.device)
+        pieces = self.pieces(conditions)
         return {
             "loss": loss.loss.detach(),
             "frame_errors": loss.frame_errors,
             "timesteps": loss.timesteps,
             "scored": self.counted(conditions).frames,
-            "clip_position": frames / len(frames),
+            "clip_position": (pieces.frames(Role.NOISY) / (pieces.num_chunks * self.chunk_frames)).to(self.device),
             "values": values,
         }
 
@@ -251,11 +258,19 @@ class DistillationModule(LongLiveModule):
         return rollout.clip(state, c.prompt_embeds, c.prompt_index, c.shot_index, c.given, final=True)
 
     def loss(self, role: RoleName, rollout: Latents, conditions: Conditions, step: int) -> Loss:
-        """A role's loss on a rollout. To learn from something else, override this."""
+        """A role's loss on a rollout. To learn from something else, override this.
+
+        Args:
+            role: `student` or `critic`.
+            rollout: the whole clip; this rank's part of it is scored here.
+            conditions: of the batch.
+            step: names the draws.
+        """
         noising = self.noising(role, conditions, step)
-        history = rollout.detach()
+        history, frames = rollout.detach(), self.pieces(conditions).frames(Role.NOISY)
+        rollout = rollout[:, frames]
         critic = self.score(self.critic, history, conditions)
-        common: dict[str, Any] = {"is_given": self.is_given(rollout.shape[1])}
+        common: dict[str, Any] = {"is_given": frames < self.given_frames if self.given_frames else None}
         if role == CRITIC:
             return critic_loss(rollout, noising, self.counted(conditions), critic=critic, **common)
         unconditional = self.score(self.teacher, history, self.without_prompt(conditions)) if self.guidance else None
@@ -271,26 +286,30 @@ class DistillationModule(LongLiveModule):
         )
 
     def score(self, role: AdaptedNetwork, history: Latents, conditions: Conditions) -> Score:
-        """A role's velocity of noisy chunks, each given the clean ones before it, as in stage 1."""
-        num_chunks = conditions.shot_index.shape[1]
-        tokens = self.chunk_frames * self.model_config.tokens_per_frame(*history.shape[-2:])
-        attention = ChunkedAttention(
-            teacher_forcing_segments(num_chunks, tokens), conditions.shot_index, self.rollout.rule
-        )
-        positions = self.frame_positions(conditions).repeat(1, 2)
+        """A role's velocity of this rank's noisy chunks, each given the clean ones before it, as in stage 1."""
+        pieces = self.pieces(conditions)
+        clean = history[:, pieces.frames(Role.CLEAN)]
+        prompt_index = pieces.prompt_index(conditions.prompt_index)
+        positions = pieces.frame_positions(self.device)
+        attention = pieces.attention(self.model_config.tokens_per_frame(*history.shape[-2:]))
 
         def velocity(latents: Latents, timesteps: PerFrame) -> Latents:
             both = role(
-                latents=torch.cat([history, latents], dim=1),
-                timesteps=torch.cat([torch.zeros_like(timesteps), timesteps], dim=1),
+                latents=torch.cat([clean, latents], dim=1),
+                timesteps=torch.cat([timesteps.new_zeros(clean.shape[:2]), timesteps], dim=1),
                 prompt_embeds=conditions.prompt_embeds,
-                prompt_index=conditions.prompt_index.repeat(1, 2),
+                prompt_index=prompt_index,
                 frame_positions=positions,
                 attention=attention,
             )
-            return both[:, history.shape[1] :].float()
+            return both[:, clean.shape[1] :].float()
 
         return velocity
+
+    def pieces(self, conditions: Conditions) -> HeldPieces:
+        """What this process scores of the clips, with the positions and the visibility of the rollout."""
+        rule, offset = self.rollout.rule, self.rollout.shot_rope_offset
+        return HeldPieces(conditions.shot_index, self.chunk_frames, self.sequence, rule, offset)
 
     def conditions(self, batch: VideoBatch | PromptBatch) -> Conditions:
         """What a batch asks for.
@@ -299,28 +318,30 @@ class DistillationModule(LongLiveModule):
             ValueError: if frames are to be given, and the batch has none.
         """
         prompt_embeds, prompt_index = self.embed(batch.prompts)
-        codec, given = self.codec, None
+        codec, given, counts = self.codec, None, None
         if isinstance(batch, VideoBatch):
             latents = self.encode(batch)
             shape = (latents.shape[2], latents.shape[3], latents.shape[4])
             given = latents[:, : self.given_frames] if self.given_frames else None
+            if self.sequence.group is not None:
+                # The first rank has the first frames. Of samples that the others read differently nothing is learned.
+                given = None if given is None else gather_parts(given, self.sequence.group)[0]
+                counts = self.agreed(batch).to(self.device)
         elif self.given_frames:
             raise ValueError(f"given_frames={self.given_frames}, but the batch holds prompts alone; train on clips")
         else:
             shape = (codec.latent_channels, batch.height // codec.spatial_ratio, batch.width // codec.spatial_ratio)
         ids = tuple(batch.sample_ids.tolist())
-        return Conditions(prompt_embeds, prompt_index, batch.shot_index, ids, shape, given)
+        return Conditions(prompt_embeds, prompt_index, batch.shot_index, ids, shape, given, counts)
 
     @torch.no_grad()
     def without_prompt(self, conditions: Conditions) -> Conditions:
         """The same videos under the negative prompt."""
         embeds = self.text_encoder.encode([self.negative_prompt]).to(self.device)
-        index = torch.zeros_like(conditions.prompt_index)
-        c = conditions
-        return Conditions(embeds, index, c.shot_index, c.sample_ids, c.latent_shape, c.given)
+        return replace(conditions, prompt_embeds=embeds, prompt_index=torch.zeros_like(conditions.prompt_index))
 
     def noising(self, role: RoleName, conditions: Conditions, step: int) -> Noising:
-        """At which timesteps and with which noise a role learns."""
+        """At which timesteps and with which noise a role learns from the chunks here."""
         return draw_noising(
             conditions.latent_shape,
             self.chunk_frames,
@@ -329,24 +350,16 @@ class DistillationModule(LongLiveModule):
             seed=self.seed,
             step=step,
             sample_ids=conditions.sample_ids,
-            chunks=range(conditions.shot_index.shape[1]),
+            chunks=self.pieces(conditions).chunks(Role.NOISY),
             per_chunk=self.timestep_per_chunk,
         )
 
-    def frame_positions(self, conditions: Conditions) -> PerFrame:
-        """RoPE position of every frame, as the rollout has it: its index, plus the offset of its shot."""
-        shot = conditions.shot_index.repeat_interleave(self.chunk_frames, dim=1)
-        return (torch.arange(shot.shape[1]) + self.rollout.shot_rope_offset * shot.double()).to(self.device)
-
-    def is_given(self, num_frames: int) -> Bool[Tensor, " f"] | None:
-        """Which frames the rollout was given; None: none."""
-        return torch.arange(num_frames, device=self.device) < self.given_frames if self.given_frames else None
-
     def counted(self, conditions: Conditions) -> CountedFrames:
-        """Which frames carry loss: all that were not given."""
-        num_frames = conditions.shot_index.shape[1] * self.chunk_frames
-        counts = torch.arange(num_frames, device=self.device) >= self.given_frames
-        frames = counts.expand(len(conditions.sample_ids), -1)
+        """Which frames here carry loss: those that were not given, of samples that count."""
+        frames = (self.pieces(conditions).frames(Role.NOISY) >= self.given_frames).to(self.device)
+        frames = frames.expand(len(conditions.sample_ids), -1)
+        if conditions.counts is not None:
+            frames = frames & conditions.counts[:, None]
         world_size = self.trainer.world_size if self._trainer is not None else 1
         return CountedFrames(frames, self.sum_over_ranks(frames.sum().float()), world_size)
 

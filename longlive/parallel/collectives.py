@@ -66,3 +66,9 @@ def scatter_sequence(attended: Float[Tensor, "b all_l share e"], group: dist.Pro
     by_owner = attended.unflatten(1, (group.size(), -1)).transpose(0, 1)
     by_head_share = all_to_all(by_owner, group)
     return by_head_share.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def gather_parts(part: Float[Tensor, ...], group: dist.ProcessGroup) -> Float[Tensor, "size ..."]:
+    """The parts of all ranks, one of each and all of one shape. The gradient of a part is the sum of what all ranks
+    made of it."""
+    return all_to_all(part.expand(group.size(), *part.shape), group)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 
 from longlive.models.visibility import Role, Segment
 
@@ -121,6 +122,17 @@ def check_heads(num_heads: int, size: int) -> None:
         raise ValueError(
             f"sequence_parallel_size={size} does not divide model.num_heads={num_heads}; "
             f"use {name_divisors(num_heads)}: every rank attends with an equal share of the heads"
+        )
+
+
+def check_rollout(chunk_frames: int, num_heads: int, size: int) -> None:
+    """Raise a `ValueError` that names the legal sizes unless the ranks can share a rollout: the frames of a chunk, and
+    in attention the heads."""
+    if size < 1 or chunk_frames % size or num_heads % size:
+        raise ValueError(
+            f"sequence_parallel_size={size} does not divide both chunk_frames={chunk_frames} and "
+            f"model.num_heads={num_heads}; use {name_divisors(gcd(chunk_frames, num_heads))}: in a rollout every rank "
+            "has an equal share of a chunk's frames, and of the heads"
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from longlive.models.attention import TeacherForcingAttention
+from longlive.models.attention import SelfAttention, TeacherForcingAttention
 from longlive.models.wan.rope import Rotation
 from longlive.parallel.collectives import gather_sequence, scatter_sequence
 from longlive.parallel.layout import check_heads
@@ -38,6 +38,26 @@ class UlyssesAttention:
         check_heads(query.shape[2], self.group.size())
         query, key, value = gather_sequence([rotation.rotate(query), rotation.rotate(key), value], self.group)
         return scatter_sequence(self.inner.attend(query, key, value), self.group)
+
+
+class UlyssesUnrotated:
+    """The same for an inner function that rotates by itself, because it stores keys that are not: a cache.
+
+    Args:
+        inner: over the tokens of all ranks, rank after rank.
+        rotation: the turns of these tokens.
+        group: the sequence group.
+    """
+
+    def __init__(self, inner: SelfAttention, rotation: Rotation, group: dist.ProcessGroup) -> None:
+        self.inner = inner
+        self.rotation = rotation
+        self.group = group
+
+    def __call__(self, query: Heads, key: Heads, value: Heads, rotation: Rotation, layer: int) -> Heads:
+        """See `SelfAttention`; `rotation`, of this rank's tokens, is not needed."""
+        query, key, value = gather_sequence([query, key, value], self.group)
+        return scatter_sequence(self.inner(query, key, value, self.rotation, layer), self.group)
 
 
 def exchanged_bytes(batch_size: int, local_tokens: int, dim: int, itemsize: int, size: int) -> int:

@@ -35,9 +35,12 @@ from longlive.diffusion.guidance import guide
 from longlive.diffusion.schedule import FlowSchedule
 from longlive.diffusion.solver import make_solver
 from longlive.models.wan.model import CausalWan
+from longlive.parallel.layout import check_rollout
+from longlive.parallel.mesh import ALONE, SequenceShare
 from longlive.rollout.cache import ChunkView, KeyValueCache
 from longlive.rollout.request import GivenFrames, NegativeEmbeds, check_given, check_request
 from longlive.rollout.settings import CACHE_DTYPES, RolloutSettings
+from longlive.rollout.split import SplitNetwork
 from longlive.typing import Float, Int, Latents, PerFrame, PromptEmbeds, Tensor
 
 
@@ -103,14 +106,24 @@ class RolloutEngine:
             it is in eval mode is the caller's business.
         settings: see `RolloutSettings`.
         schedule: noise levels; the shift must be the one of training.
+        sequence: ranks that share the rollout (`split.py`): every one of them must make the same calls, and gets the
+            same results.
 
     Raises:
-        ValueError: if the settings do not fit the network.
+        ValueError: if the settings do not fit the network, or the ranks do not divide what they share.
     """
 
-    def __init__(self, model: CausalWan | AdaptedNetwork, settings: RolloutSettings, schedule: FlowSchedule) -> None:
+    def __init__(
+        self,
+        model: CausalWan | AdaptedNetwork,
+        settings: RolloutSettings,
+        schedule: FlowSchedule,
+        sequence: SequenceShare = ALONE,
+    ) -> None:
         settings.check_network(model.config)
-        self.model = model
+        check_rollout(settings.chunk_frames, model.config.num_heads, sequence.size)
+        self.model = model if sequence.group is None else SplitNetwork(model, sequence.group)
+        self.num_cached_heads = model.config.num_heads // sequence.size
         self.settings = settings
         self.schedule = schedule
 
@@ -232,7 +245,7 @@ class RolloutEngine:
         return RolloutState(cache, seed, tuple(sample_ids), latent_shape, shots, step=step, purpose=purpose)
 
     def cache_bytes(self, latent_size: tuple[int, int], num_samples: int, max_chunks: int) -> int:
-        """Bytes of the KV cache of a rollout of so many samples; nothing is allocated.
+        """Bytes of this rank's KV cache of a rollout of so many samples; nothing is allocated.
 
         Raises:
             ValueError: if the latents do not fit the network.
@@ -257,7 +270,7 @@ class RolloutEngine:
             num_chunks=max_chunks,
             chunk_frames=settings.chunk_frames,
             patches=config.patches(*latent_size),
-            num_heads=config.num_heads,
+            num_heads=self.num_cached_heads,
             head_dim=config.head_dim,
             rule=settings.rule,
             relative_rope=settings.relative_rope,
