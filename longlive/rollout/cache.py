@@ -9,6 +9,9 @@ Two modes:
 - *context* (`write=True`): the pass over the finished chunk at timestep 0. The slot keeps what it writes, and
   `ChunkView.commit` enters the chunk in the table.
 
+A chunk that is there can be written anew (`reopen`): its pass sees the chunks that the caller names, wherever in the
+ring they lie.
+
 Under autograd the slice is copied before the own keys enter it, so a graph holds what its pass has read, whatever is
 written to the ring later. Activation checkpointing reads again in backward: that is refused once another chunk was
 opened, for by then the ring may hold something else. With `retain`, slots are kept for views that may yet read them
@@ -35,7 +38,7 @@ from longlive.models.wan.rope import Rotation, rotation
 from longlive.rollout.retained import RetainedStorage
 from longlive.rollout.sinks import SlotTable, absolute_position, free_slot, num_slots, place, relative_positions
 from longlive.rollout.slots import CacheDtype, SlotIndex, Slots, SlotStorage, make_storage, put
-from longlive.typing import Heads, PerFrame
+from longlive.typing import Heads, Int, PerFrame, Tensor
 
 
 class KeyValueCache:
@@ -136,8 +139,37 @@ class KeyValueCache:
         if self.relative_rope:
             key_rotation = self._rotation([positions for _, _, positions, _ in decided])
         own_positions = self._frame_positions([[position] for _, _, _, position in decided])
+        committed = [place(table, slot, chunk) for slot, table, _, _ in decided]
         self.num_opened += 1
-        return ChunkView(self, chunk, index, own_slots, visible_slots, own_positions, key_rotation)
+        return ChunkView(self, chunk, visible_slots, index, index, committed, own_positions, key_rotation)
+
+    def reopen(
+        self, visible: Sequence[Sequence[int]], shot_index: Sequence[Sequence[int]], samples: Sequence[int]
+    ) -> "ChunkView":
+        """Show a chunk of every sample that is in the cache already, for a context pass that writes it anew.
+
+        Args:
+            visible: per sample, and as many of each, what the pass sees: chunks of the cache, ascending, its own last.
+            shot_index: per sample the shot of every chunk.
+            samples: whose slots a context pass writes.
+        """
+        slots = [[table.index(c) for c in chunks] for table, chunks in zip(self.tables, visible, strict=True)]
+        starts = [self._starts(chunks, shots) for chunks, shots in zip(visible, shot_index, strict=True)]
+        own_slots = [slots[sample][-1] for sample in samples]
+        target = (torch.tensor(samples, device=self.device), torch.tensor(own_slots, device=self.device))
+        key_rotation = self._rotation(starts) if self.relative_rope else None
+        own_positions = self._frame_positions([[positions[-1]] for positions in starts])
+        self.num_opened += 1
+        return ChunkView(
+            self,
+            visible[0][-1],
+            torch.tensor(slots, device=self.device),
+            len(slots[0]) - 1,
+            target,
+            self.tables,
+            own_positions,
+            key_rotation,
+        )
 
     def _decide(
         self, chunk: int, table: SlotTable, shot_index: tuple[int, ...]
@@ -152,16 +184,18 @@ class KeyValueCache:
             )
         slot = free_slot(table, chunk, shot_index, self.rule)
         visible = [*history, chunk]
-        if self.relative_rope:
-            starts = relative_positions(visible, shot_index, self.chunk_frames, self.shot_rope_offset)
-        else:
-            starts = [absolute_position(c, shot_index, self.chunk_frames, self.shot_rope_offset) for c in visible]
-        start_of = dict(zip(visible, starts, strict=True))
+        start_of = dict(zip(visible, self._starts(visible, shot_index), strict=True))
         occupied = place(table, slot, chunk)
         leading = occupied[: len(visible)]
         assert set(leading) == set(visible)  # fact 2 of sinks.py
         positions = [start_of[c] for c in leading if c is not None]
         return slot, place(table, slot, None), positions, start_of[chunk]
+
+    def _starts(self, visible: Sequence[int], shot_index: Sequence[int]) -> list[float]:
+        """RoPE position of the first frame of every chunk of a list that ends with the one that sees it."""
+        if self.relative_rope:
+            return relative_positions(visible, shot_index, self.chunk_frames, self.shot_rope_offset)
+        return [absolute_position(c, shot_index, self.chunk_frames, self.shot_rope_offset) for c in visible]
 
     def _frame_positions(self, starts: list[list[float]]) -> PerFrame:
         frames = torch.arange(self.chunk_frames, dtype=torch.float64)
@@ -184,20 +218,32 @@ class ChunkView:
         self,
         cache: KeyValueCache,
         chunk: int,
+        visible_slots: int | Int[Tensor, "b visible"],
         index: SlotIndex,
-        own_slots: list[int],
-        visible_slots: int,
+        target: SlotIndex,
+        committed: list[SlotTable],
         frame_positions: PerFrame,
         key_rotation: Rotation | None,
     ) -> None:
+        """
+        Args:
+            cache: of which it is a view.
+            chunk, frame_positions: see there.
+            visible_slots: those that are read: so many leading ones, or which ones of every sample.
+            index: the own place among them.
+            target: the slots that `write` writes.
+            committed: the tables once the chunk is there.
+            key_rotation: of what is read; None: it is stored rotated.
+        """
         self.chunk = chunk
         self.frame_positions = frame_positions
         self.index = index
         self._cache = cache
         self._layers = [layer.snapshot() for layer in cache.layers]
         self._number = cache.num_opened
-        self._own_slots = own_slots
         self._visible_slots = visible_slots
+        self._target = target
+        self._committed = committed
         self._key_rotation = key_rotation
         self._read: dict[tuple[int, torch.dtype], tuple[Slots, Slots]] = {}
 
@@ -217,22 +263,28 @@ class ChunkView:
             )
         if (layer, dtype) in self._read:
             return self._read[layer, dtype]
-        storage = self._layers[layer]
-        keys, values = storage.read(self._visible_slots, dtype)
+        keys, values = self._visible(self._layers[layer], dtype)
         if self._key_rotation is not None:
             keys = self._key_rotation.rotate(keys.flatten(1, 2)).view_as(keys)
-        if not storage.copies:
+        if self.shares_reads:
             self._read[layer, dtype] = keys, values
         return keys, values
 
+    def _visible(self, storage: SlotStorage, dtype: torch.dtype) -> tuple[Slots, Slots]:
+        if isinstance(self._visible_slots, int):
+            return storage.read(self._visible_slots, dtype)
+        samples = torch.arange(len(self._visible_slots), device=self._visible_slots.device)[:, None]
+        keys, values = storage.read(len(self._committed[0]), dtype)
+        return keys[samples, self._visible_slots], values[samples, self._visible_slots]
+
     def write(self, layer: int, keys: Heads, values: Heads) -> None:
         """Store the own tokens of a context pass."""
-        self._cache.layers[layer].write(self.index, keys.detach(), values.detach())
+        self._cache.layers[layer].write(self._target, keys.detach(), values.detach())
 
     @property
     def shares_reads(self) -> bool:
         """Whether `read` gives the same numbers to every pass, or the ring itself."""
-        return not self._layers[0].copies
+        return isinstance(self._visible_slots, int) and not self._layers[0].copies
 
     @property
     def stores_unrotated(self) -> bool:
@@ -245,10 +297,7 @@ class ChunkView:
 
     def commit(self) -> None:
         """Enter the chunk in the tables, after a context pass has gone through all layers."""
-        tables = self._cache.tables
-        self._cache.tables = [
-            place(table, slot, self.chunk) for table, slot in zip(tables, self._own_slots, strict=True)
-        ]
+        self._cache.tables = self._committed
 
 
 class CachedAttention:

@@ -9,12 +9,12 @@ holds the keys and values of its chunks once each, evicted ones too, and they go
 The price is that reading joins chunks instead of slicing a ring: one copy of what is visible, for the layer at hand.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
-from longlive.rollout.slots import SlotIndex, Slots, SlotStorage
-from longlive.typing import Heads
+from longlive.rollout.slots import SlotIndex, Slots, SlotStorage, by_sample
+from longlive.typing import Heads, Tensor
 
 
 class RetainedStorage(SlotStorage):
@@ -30,15 +30,22 @@ class RetainedStorage(SlotStorage):
     def __init__(self, batch_size: int, slots: int, make_chunk: Callable[[], SlotStorage]) -> None:
         self._make_chunk = make_chunk
         # Every slot has a shape before it has content; nobody writes to this one.
-        self._chunks: tuple[tuple[SlotStorage, ...], ...] = ((make_chunk(),) * slots,) * batch_size
+        empty = make_chunk()
+        self._chunks: tuple[tuple[SlotStorage, ...], ...] = ((empty,) * slots,) * batch_size
+        self.slot_dim = empty.slot_dim
 
     def write(self, index: SlotIndex, keys: Heads, values: Heads) -> None:
         chunk = self._make_chunk()
         chunk.write(0, keys, values)
-        slots = [index] * len(keys) if isinstance(index, int) else index.tolist()
-        self._chunks = tuple(
-            (*row[:slot], chunk, *row[slot + 1 :]) for row, slot in zip(self._chunks, slots, strict=True)
+        samples, slots = (
+            (range(len(keys)), [index] * len(keys))
+            if isinstance(index, int)
+            else (each.tolist() for each in by_sample(index))
         )
+        rows = list(self._chunks)
+        for sample, slot in zip(samples, slots, strict=True):
+            rows[sample] = (*rows[sample][:slot], chunk, *rows[sample][slot + 1 :])
+        self._chunks = tuple(rows)
 
     def read(self, num_slots: int, dtype: torch.dtype) -> tuple[Slots, Slots]:
         visible = [row[:num_slots] for row in self._chunks]
@@ -56,8 +63,28 @@ class RetainedStorage(SlotStorage):
     def snapshot(self) -> "RetainedStorage":
         """The slots as they are now, whatever is written later; shares the chunks."""
         frozen = object.__new__(RetainedStorage)
-        frozen._make_chunk, frozen._chunks = self._make_chunk, self._chunks
+        frozen._make_chunk, frozen._chunks, frozen.slot_dim = self._make_chunk, self._chunks, self.slot_dim
         return frozen
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies, slot by slot, as one storage of all slots would hold them."""
+        stored = {chunk: chunk.tensors() for row in self._chunks for chunk in row}
+        return {
+            name: torch.cat(
+                [
+                    torch.cat([stored[chunk][name][sample, None] for chunk in row], dim=self.slot_dim)
+                    for sample, row in enumerate(self._chunks)
+                ]
+            )
+            for name in stored[self._chunks[0][0]]
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        row = []
+        for slot in range(len(self._chunks[0])):
+            row.append(self._make_chunk())
+            row[-1].load({name: whole.narrow(self.slot_dim, slot, 1) for name, whole in tensors.items()})
+        self._chunks = (tuple(row),) * len(self._chunks)
 
     @property
     def num_bytes(self) -> int:

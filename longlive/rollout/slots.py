@@ -25,6 +25,7 @@ and .32 GiB beside a cache of 2.72 instead of 9.67 GiB.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -38,8 +39,9 @@ Slots = Float[Tensor, "b slots l n e"]
 Matrices = Float[Tensor, "b n slots l e"]
 """The same, a matrix per (sample, head, slot)."""
 
-SlotIndex = int | Tensor
-"""One slot for each sample: an int where all agree, else int64 `[b]`."""
+SlotIndex = int | Tensor | tuple[Tensor, Tensor]
+"""One slot for each sample: an int where all agree, else int64 `[b]`; or for some samples alone: those and their slots,
+int64 each."""
 
 CacheDtype = torch.dtype | Literal["nvfp4"]
 """What the numbers of a cache are stored in."""
@@ -49,8 +51,14 @@ def put(target: Slots, index: SlotIndex, source: Heads) -> None:
     """Write one chunk `[b l n e]` into a slot of every sample, in place and in the dtype of the slots."""
     if isinstance(index, int):
         target[:, index] = source.to(target.dtype)
-    else:
-        target[torch.arange(len(index), device=index.device), index] = source.to(target.dtype)
+        return
+    samples, slots = by_sample(index)
+    target[samples, slots] = source[samples].to(target.dtype)
+
+
+def by_sample(index: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Samples and their slots."""
+    return index if isinstance(index, tuple) else (torch.arange(len(index), device=index.device), index)
 
 
 class SlotStorage(ABC):
@@ -59,13 +67,15 @@ class SlotStorage(ABC):
     Attributes:
         copies: whether reading makes new numbers. They are the caller's own, and too many to be kept for all layers at
             once.
+        slot_dim: of `tensors`.
     """
 
     copies: ClassVar[bool]
+    slot_dim: int = 1
 
     @abstractmethod
     def write(self, index: SlotIndex, keys: Heads, values: Heads) -> None:
-        """Store one chunk of every sample."""
+        """Store one chunk of every sample, or of those that the index names."""
 
     @abstractmethod
     def read(self, num_slots: int, dtype: torch.dtype) -> tuple[Slots, Slots]:
@@ -78,10 +88,19 @@ class SlotStorage(ABC):
         """What a view reads as long as it lives. Usually the storage itself, which goes on."""
         return self
 
-    @property
     @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is stored, by name and as it is stored: samples are the first dim, slots are `slot_dim`."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what another storage of this format and size gave as its `tensors`."""
+        for name, own in self.tensors().items():
+            own.copy_(tensors[name])
+
+    @property
     def num_bytes(self) -> int:
         """Bytes held."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
 
 class DenseStorage(SlotStorage):
@@ -110,9 +129,8 @@ class DenseStorage(SlotStorage):
     def read(self, num_slots: int, dtype: torch.dtype) -> tuple[Slots, Slots]:
         return self._keys[:, :num_slots].to(dtype), self._values[:, :num_slots].to(dtype)
 
-    @property
-    def num_bytes(self) -> int:
-        return self._keys.nbytes + self._values.nbytes
+    def tensors(self) -> dict[str, Tensor]:
+        return {"keys": self._keys, "values": self._values}
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -132,6 +150,7 @@ class NVFP4Storage(SlotStorage):
     """
 
     copies = True
+    slot_dim = 2
 
     def __init__(
         self,
@@ -164,9 +183,10 @@ class NVFP4Storage(SlotStorage):
         # Matrices lie head by head, as attention kernels take them; joining slots and tokens is then no copy.
         return keys.permute(0, 2, 3, 1, 4), self._values.read(num_slots, dtype).permute(0, 2, 3, 1, 4)
 
-    @property
-    def num_bytes(self) -> int:
-        return self._keys.num_bytes + self._values.num_bytes + self._key_means.nbytes
+    def tensors(self) -> dict[str, Tensor]:
+        operands = (("keys", self._keys), ("values", self._values))
+        packed = {f"{name}_{part}": tensor for name, slots in operands for part, tensor in slots.tensors().items()}
+        return packed | {"key_means": self._key_means}
 
 
 class _PackedSlots:
@@ -196,17 +216,17 @@ class _PackedSlots:
         codes, scales, amax = (x[:, :, :num_slots] for x in (self.codes, self.scales, self.amax))
         return QuantisedTensor(codes, scales.view(torch.float8_e4m3fn), amax, self.rule).dequantise(dtype)
 
-    @property
-    def num_bytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes + self.amax.nbytes
+    def tensors(self) -> dict[str, Tensor]:
+        return {"codes": self.codes, "scales": self.scales, "amax": self.amax}
 
 
 def _put_matrices(target: Tensor, index: SlotIndex, source: Tensor) -> None:
     """As `put`, where slots are the third dim."""
     if isinstance(index, int):
         target[:, :, index] = source
-    else:
-        target[torch.arange(len(index), device=index.device), :, index] = source
+        return
+    samples, slots = by_sample(index)
+    target[samples, :, slots] = source[samples]
 
 
 def make_storage(
