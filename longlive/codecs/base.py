@@ -4,13 +4,15 @@ Raw frame 0 becomes frame 0; frame f > 0 covers the raw frames `r (f-1) + 1 .. r
 `raw frames = 1 + r (frames - 1)`, and a prefix of a video encodes to a prefix of its latents.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from longlive.typing import Latents, Video
+from longlive.typing import Latents, Tensor, Video
 
 
 def num_raw_frames(num_frames: int, temporal_ratio: int) -> int:
@@ -42,6 +44,18 @@ class StreamDecoder(ABC):
         """Decode the next frames; the first push of a video returns `1 + r (f - 1)` raw frames, later ones `r f`."""
 
 
+class StreamEncoder(ABC):
+    """Encodes raw frames as they come. What it returns, concatenated, equals `encode` of all raw frames at once."""
+
+    @abstractmethod
+    def push(self, video: Video) -> Latents:
+        """Encode the next raw frames: `1 + r k` in the first push of a video, `r k` in later ones.
+
+        Raises:
+            ValueError: for another number of raw frames, or a size that `encode` refuses.
+        """
+
+
 class VideoCodec(nn.Module, ABC):
     """Raw frames <-> latents. Frozen: its parameters never train.
 
@@ -60,12 +74,24 @@ class VideoCodec(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, video: Video) -> Latents:
-        """Latents, normalised per channel to about zero mean and unit variance.
+        """Latents, normalised per channel to about zero mean and unit variance. Those of a clip do not depend on the
+        clips that are in a batch with it.
 
         Raises:
             ValueError: if the raw frames are not `1 + temporal_ratio k`, or height and width are no multiples of
                 `spatial_ratio`.
         """
+
+    @abstractmethod
+    def stream_encoder(self) -> StreamEncoder:
+        """A fresh encoder for one video (or one batch of videos in step). Encoders of one codec do not disturb each
+        other."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Names what latents depend on, weights and settings: two codecs with one fingerprint make equal latents, on
+        equal hardware and libraries. Reads all those weights."""
 
     @abstractmethod
     def decode(self, latents: Latents) -> Video:
@@ -127,6 +153,9 @@ class ResumableCodec(VideoCodec):
             ValueError: for another number of raw frames, or a size that `encode` refuses.
         """
 
+    def stream_encoder(self) -> StreamEncoder:
+        return _ResumingEncoder(self)
+
     @abstractmethod
     def feature_shapes(
         self, batch_size: int, height: int, width: int, num_frames: int
@@ -136,3 +165,41 @@ class ResumableCodec(VideoCodec):
     @abstractmethod
     def encode_bytes(self, batch_size: int, num_raw_frames: int, height: int, width: int) -> int:
         """Peak of the bytes that an `encode_next` of so many raw frames holds beyond weights and its input."""
+
+
+class _ResumingEncoder(StreamEncoder):
+    """The feature cache of the raw frames so far is its whole state."""
+
+    def __init__(self, codec: ResumableCodec) -> None:
+        self._codec = codec
+        self._cache = codec.feature_cache()
+        self._has_begun = False
+
+    def push(self, video: Video) -> Latents:
+        ratio, num_raw_frames = self._codec.temporal_ratio, video.shape[1]
+        check_next(num_raw_frames, ratio, self._has_begun)
+        self._codec.check_size(*video.shape[-2:])
+        groups = video.split([*([] if self._has_begun else [1]), *[ratio] * (num_raw_frames // ratio)], dim=1)
+        self._has_begun = True
+        return torch.cat([self._codec.encode_next(group, self._cache) for group in groups], dim=1)
+
+
+def check_next(num_raw_frames: int, temporal_ratio: int, has_begun: bool) -> None:
+    """Raise the `ValueError` of a stream encoder for a number of raw frames that cannot come next."""
+    if not has_begun:
+        num_frames(num_raw_frames, temporal_ratio)
+    elif num_raw_frames < 1 or num_raw_frames % temporal_ratio:
+        lower = num_raw_frames // temporal_ratio * temporal_ratio
+        raise ValueError(
+            f"num_raw_frames={num_raw_frames} cannot follow: after its first push an encode goes on with whole groups "
+            f"of {temporal_ratio}; push {f'{lower} or ' if lower > 0 else ''}{lower + temporal_ratio}"
+        )
+
+
+def hash_of_weights(settings: str, weights: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of settings and of every bit of the weights, with their names, shapes and dtypes."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    for name, weight in weights:
+        digest.update(f"/{name}/{weight.dtype}/{tuple(weight.shape)}/".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -18,7 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from longlive.codecs.base import StreamDecoder, VideoCodec
+from longlive.codecs.base import StreamDecoder, StreamEncoder, VideoCodec, check_next, hash_of_weights
 from longlive.typing import Float, Latents, Tensor, Video
 
 GROUP = 4
@@ -95,12 +95,20 @@ class DCTCodec(VideoCodec):
         self.register_buffer("std", torch.tensor(STD).view(-1, 1, 1), persistent=False)
 
     def encode(self, video: Video) -> Latents:
-        self.check_video(video)
-        groups = torch.cat([video[:, :1].expand(-1, GROUP - 1, -1, -1, -1), video], dim=1)
-        planes = F.conv2d(groups.flatten(0, 1), self.filters.to(video.dtype), stride=BLOCK)
-        planes = planes.unflatten(0, (len(video), -1, GROUP))
-        latents = torch.einsum("bftphw,cpt->bfchw", planes, self.mixing.to(video.dtype))
-        return ((latents - self.mean.to(video.dtype)) / self.std.to(video.dtype)).contiguous()
+        return self.stream_encoder().push(video)
+
+    def stream_encoder(self) -> StreamEncoder:
+        return _DCTStreamEncoder(self)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"dct-{hash_of_weights('', self.named_buffers())}"
+
+    def _encode_groups(self, groups: Video) -> Latents:
+        planes = F.conv2d(groups.flatten(0, 1), self.filters.to(groups.dtype), stride=BLOCK)
+        planes = planes.unflatten(0, (len(groups), -1, GROUP))
+        latents = torch.einsum("bftphw,cpt->bfchw", planes, self.mixing.to(groups.dtype))
+        return ((latents - self.mean.to(groups.dtype)) / self.std.to(groups.dtype)).contiguous()
 
     def decode(self, latents: Latents) -> Video:
         return self._decode_groups(latents)[:, GROUP - 1 :].clamp(-1, 1)
@@ -114,6 +122,22 @@ class DCTCodec(VideoCodec):
         planes = torch.einsum("bfchw,cpt->bftphw", values, self.mixing.to(latents.dtype))
         frames = F.conv_transpose2d(planes.flatten(0, 2), self.filters.to(latents.dtype), stride=BLOCK)
         return frames.unflatten(0, (len(latents), -1))
+
+
+class _DCTStreamEncoder(StreamEncoder):
+    """Groups are independent: all it remembers is whether the lone first frame has passed."""
+
+    def __init__(self, codec: DCTCodec) -> None:
+        self.codec = codec
+        self.has_begun = False
+
+    def push(self, video: Video) -> Latents:
+        check_next(video.shape[1], GROUP, self.has_begun)
+        self.codec.check_size(*video.shape[-2:])
+        if not self.has_begun:
+            video = torch.cat([video[:, :1].expand(-1, GROUP - 1, -1, -1, -1), video], dim=1)
+        self.has_begun = True
+        return self.codec._encode_groups(video)
 
 
 class _DCTStreamDecoder(StreamDecoder):

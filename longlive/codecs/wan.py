@@ -31,7 +31,7 @@ from torch import nn
 from torch.func import functional_call
 
 from longlive import rng
-from longlive.codecs.base import FeatureCache, ResumableCodec, StreamDecoder
+from longlive.codecs.base import FeatureCache, ResumableCodec, StreamDecoder, hash_of_weights
 from longlive.codecs.halo import MeasuredHalo
 from longlive.codecs.memory import LiveBytes
 from longlive.codecs.wan_weights import ORIGINAL_FILE, load_original
@@ -167,9 +167,15 @@ class WanVideoCodec(ResumableCodec):
             ValueError: if the raw frames are not `1 + 4k`, or height and width are no multiples of `spatial_ratio`.
         """
         self.check_video(video)
-        cache = self.feature_cache()
-        groups = video.split([1] + [self.temporal_ratio] * (video.shape[1] // self.temporal_ratio), dim=1)
-        return torch.cat([self.encode_next(group, cache) for group in groups], dim=1)
+        # Clip by clip: kernels chosen for a batch round otherwise.
+        return torch.cat([self.stream_encoder().push(clip) for clip in video.split(1)])
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder: another decoder makes the same latents."""
+        settings = {name: value for name, value in self.autoencoder.config.items() if not name.startswith("_")}
+        encoder = nn.ModuleDict({"encoder": self.autoencoder.encoder, "quant_conv": self.autoencoder.quant_conv})
+        return f"wan-{hash_of_weights(json.dumps(settings, sort_keys=True), encoder.named_parameters())}"
 
     def feature_cache(self) -> list[Any]:
         return _feature_cache(self.autoencoder.encoder)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longlive.codecs.base import StreamDecoder, VideoCodec, num_frames, num_raw_frames
+from longlive.codecs.base import StreamDecoder, StreamEncoder, VideoCodec, num_frames, num_raw_frames
 from longlive.typing import Latents, Video
 
 
@@ -21,8 +21,15 @@ class CountingCodec(VideoCodec):
     def decode(self, latents: Latents) -> Video:
         raise AssertionError("no test decodes")
 
+    def stream_encoder(self) -> StreamEncoder:
+        raise AssertionError("no test streams")
+
     def stream_decoder(self) -> StreamDecoder:
         raise AssertionError("no test decodes")
+
+    @property
+    def fingerprint(self) -> str:
+        return "counting"
 
 
 def test_raw_frames_and_frames_count_each_other() -> None:

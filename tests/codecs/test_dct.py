@@ -215,3 +215,19 @@ def test_the_codec_is_analytic_and_keeps_the_dtype(codec: DCTCodec) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         latents = codec.encode(random_video(5).to(dtype))
         assert latents.dtype == codec.decode(latents).dtype == dtype
+
+
+@pytest.mark.parametrize("pushes", [(1, 4, 4, 4), (5, 8), (9, 4)])
+def test_pushes_of_a_stream_encoder_concatenate_to_the_whole_encode(pushes):
+    codec, video = DCTCodec(), torch.rand(2, 13, 3, 16, 24) * 2 - 1
+    encoder = codec.stream_encoder()
+    parts = [encoder.push(part) for part in video.split(pushes, dim=1)]
+    assert torch.equal(torch.cat(parts, dim=1), codec.encode(video))
+    with pytest.raises(ValueError, match=r"num_raw_frames=1 cannot follow: .* push 4"):
+        encoder.push(video[:, :1])
+
+
+def test_all_codecs_of_the_toy_world_have_one_fingerprint():
+    changed = DCTCodec()
+    changed.std[0] += 1e-3
+    assert DCTCodec().fingerprint == DCTCodec().fingerprint != changed.fingerprint

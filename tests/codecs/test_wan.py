@@ -46,7 +46,9 @@ def test_the_ti2v_5b_statistics_are_one_number_per_channel() -> None:
 def test_encode_equals_diffusers_posterior_mean_normalised_per_channel(codec: WanVideoCodec) -> None:
     video = random_video(9, batch_size=2, height=32, width=16)
     autoencoder = codec.autoencoder
-    posterior_mean = autoencoder.encode(video.transpose(1, 2)).latent_dist.mode().transpose(1, 2)
+    posterior_mean = torch.cat(
+        [autoencoder.encode(clip.transpose(1, 2)).latent_dist.mode().transpose(1, 2) for clip in video.split(1)]
+    )
     mean = torch.tensor(autoencoder.config["latents_mean"])[:, None, None]
     std = torch.tensor(autoencoder.config["latents_std"])[:, None, None]
 
@@ -54,6 +56,52 @@ def test_encode_equals_diffusers_posterior_mean_normalised_per_channel(codec: Wa
 
     assert latents.shape == (2, 3, 4, 2, 1)
     torch.testing.assert_close(latents, (posterior_mean - mean) / std, rtol=0, atol=1e-6)
+
+
+def test_latents_of_a_clip_are_the_same_bits_alone_and_in_a_batch(codec: WanVideoCodec) -> None:
+    """Kernels that are chosen for a batch round otherwise: latents that were stored would not be those of training."""
+    video = random_video(9, batch_size=3, height=32, width=48)
+    assert torch.equal(codec.encode(video), torch.cat([codec.encode(clip) for clip in video.split(1)]))
+
+
+@pytest.mark.parametrize("pushes", [(1, 4, 4, 4), (5, 8), (9, 4)])
+def test_pushes_of_a_stream_encoder_concatenate_to_the_whole_encode(
+    codec: WanVideoCodec, pushes: tuple[int, ...]
+) -> None:
+    """To the bit; and two videos in turn do not see each other's past."""
+    videos = random_video(13, batch_size=2).split(1)
+    encoders = [codec.stream_encoder() for _ in videos]
+    parts = [
+        [encoder.push(part) for encoder, part in zip(encoders, each, strict=True)]
+        for each in zip(*(video.split(pushes, dim=1) for video in videos), strict=True)
+    ]
+    for number, video in enumerate(videos):
+        assert torch.equal(torch.cat([each[number] for each in parts], dim=1), codec.encode(video))
+
+
+def test_a_stream_encoder_refuses_raw_frames_that_cannot_come_next(codec: WanVideoCodec) -> None:
+    encoder = codec.stream_encoder()
+    with pytest.raises(ValueError, match="num_raw_frames=4 is not 1"):
+        encoder.push(random_video(4))
+    encoder.push(random_video(5))
+    with pytest.raises(ValueError, match=r"num_raw_frames=5 cannot follow: .* of 4; push 4 or 8"):
+        encoder.push(random_video(5))
+
+
+def test_a_codecs_fingerprint_is_that_of_what_latents_depend_on() -> None:
+    """Latents of other weights, or another dtype, would be taken for this codec's."""
+    codec = WanVideoCodec.tiny()
+    names = {codec.fingerprint, WanVideoCodec.tiny().fingerprint}
+    assert len(names) == 1
+    decoder = WanVideoCodec.tiny()
+    next(decoder.autoencoder.decoder.parameters()).data += 1
+    assert decoder.fingerprint in names, "a decoder makes no latents"
+    weight = WanVideoCodec.tiny()
+    next(weight.autoencoder.encoder.parameters()).data[0, 0, 0] += 1e-6
+    scaled = WanVideoCodec.tiny()
+    scaled.autoencoder.register_to_config(latents_std=[1.0] * 4)
+    others = [weight, scaled, WanVideoCodec.tiny(dtype=torch.bfloat16), WanVideoCodec.tiny(seed=1)]
+    assert len(names | {other.fingerprint for other in others}) == 5
 
 
 def test_decode_equals_diffusers_decode_of_denormalised_latents(codec: WanVideoCodec) -> None:
