@@ -1,20 +1,23 @@
 """A network as one of its adapters makes it: what distillation calls student, teacher or critic.
 
-Called, it runs the network with its adapter and leaves it as it was. Several of them share one network, and so its
-memory; a rollout engine takes one in place of a network.
+Called, it runs the network with its adapter, in its precision, and leaves it as it was. Several of them share one
+network, and so its memory; a rollout engine takes one in place of a network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+from lightning.pytorch.plugins import Precision
 from torch import nn
 
 from longlive.adapters.lora import adapter_parameters, use_adapter
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
+from longlive.precision.auto import training_context
 from longlive.typing import Latents
 
 
@@ -24,11 +27,13 @@ class AdaptedNetwork:
     Args:
         network: with the adapter.
         adapter: None: the base alone.
+        precision: the network's own; None: whatever is around.
     """
 
-    def __init__(self, network: CausalWan, adapter: str | None) -> None:
+    def __init__(self, network: CausalWan, adapter: str | None, precision: Precision | str | None = None) -> None:
         self.network = network
         self.adapter = adapter
+        self.precision = precision
 
     @property
     def config(self) -> WanConfig:
@@ -43,9 +48,18 @@ class AdaptedNetwork:
         if self.adapter is not None:
             yield from adapter_parameters(self.network, self.adapter)
 
-    def active(self) -> AbstractContextManager[None]:
-        """Inside, the adapter multiplies: for backward, which may run the network again."""
-        return use_adapter(self.network, self.adapter)
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the adapter multiplies, in its precision: for backward, which may run the network again."""
+        with ExitStack() as stack:
+            if self.precision is not None:
+                stack.enter_context(training_context(self.precision, self.device))
+            stack.enter_context(use_adapter(self.network, self.adapter))
+            yield
 
     def __call__(self, *args: Any, **kwargs: Any) -> Latents:
         """As `CausalWan.forward`."""

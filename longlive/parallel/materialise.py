@@ -2,13 +2,15 @@
 
 Initial weights and files both hand out one named tensor at a time (`CausalWan.initial_weights`, `stored_weights`). A
 rank takes its own rows of each. Of a file it reads no others; initial weights it draws whole, one tensor after the
-other, so that numbers do not depend on how many ranks there are.
+other, so that numbers do not depend on how many ranks there are. So does a layer that keeps its weight in another form
+(`PacksWeight`) get it whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
@@ -17,6 +19,17 @@ from longlive.data.weight_files import StoredTensor
 from longlive.models.wan.model import CausalWan
 from longlive.models.wan.weights import stored_weights
 from longlive.typing import Tensor
+
+
+@runtime_checkable
+class PacksWeight(Protocol):
+    """A layer that may keep its weight in another form, and does if `is_packed`."""
+
+    @property
+    def is_packed(self) -> bool: ...
+
+    def pack(self, master: Tensor) -> None:
+        """Take the weight: whole, whatever part of it the layer keeps on this rank."""
 
 
 @torch.no_grad()
@@ -40,7 +53,15 @@ def materialise(
     tensors: Iterable[tuple[str, Tensor | StoredTensor]]
     tensors = plain.initial_weights(seed) if weights is None else stored_weights(plain, weights)
     network.to_empty(device=torch.device(device))
+    packed = {
+        f"{name.removesuffix('.base_layer')}.weight": layer  # what an adapter has wrapped
+        for name, layer in network.named_modules()
+        if isinstance(layer, PacksWeight) and layer.is_packed
+    }
     for name, tensor in tensors:
+        if name in packed:
+            packed[name].pack(tensor[()])
+            continue
         part, where = local_part(network.get_parameter(name))
         if part.numel():
             part.copy_(tensor[where])

@@ -35,3 +35,11 @@ def autocast_context(precision: str | Precision, device: torch.device) -> Abstra
     if isinstance(precision, Precision):
         return precision.forward_context()
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+
+
+def training_context(precision: str | Precision, device: torch.device) -> AbstractContextManager[object]:
+    """In which a network trains whose precision is not the run's; it may lie within the context of the run's."""
+    if isinstance(precision, Precision):
+        return precision.forward_context()
+    # Without autocast's cache, as a Trainer has it: a cached copy of a weight would outlive its update.
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False)

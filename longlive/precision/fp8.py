@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -74,6 +75,10 @@ class FP8Precision(LinearPrecision):
     @property
     def backend_name(self) -> str:
         return "emulated" if self.emulate else "torchao"
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        return (self.config, self.selection)
 
     def replace(self, module: nn.Module, layers: Sequence[Layer]) -> None:
         chosen = {layer.name for layer in layers}

@@ -16,7 +16,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch.plugins import Precision
@@ -28,6 +28,13 @@ from longlive.precision.selection import BLOCK_LINEARS, Layer, LayerSelection, g
 from longlive.typing import Int, Tensor
 
 log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class HoldsNetworks(Protocol):
+    """A module that says which of its networks the run's precision is for: others have one of their own."""
+
+    def networks_of_run(self) -> Sequence[nn.Module]: ...
 
 
 class LinearPrecision(Precision):
@@ -55,12 +62,18 @@ class LinearPrecision(Precision):
     def backend_name(self) -> str:
         """Who multiplies."""
 
+    @property
+    @abstractmethod
+    def settings(self) -> tuple[Any, ...]:
+        """All that decides what a network computes in it: two plugins of one class and equal settings are equal."""
+
     @abstractmethod
     def replace(self, module: nn.Module, layers: Sequence[Layer]) -> None:
         """Replace these layers of `module` in place."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Replace the chosen layers in place; those that are replaced already stay. Parameters may be on meta.
+        """Replace the chosen layers in place; those that are replaced already stay. Parameters may be on meta. Of a
+        module that holds networks (`HoldsNetworks`), those of the run alone.
 
         Returns:
             `module`.
@@ -69,6 +82,10 @@ class LinearPrecision(Precision):
             ValueError: if no layer can be replaced.
             RuntimeError: if one that should be is sharded already.
         """
+        if isinstance(module, HoldsNetworks):
+            for network in module.networks_of_run():
+                self.convert_module(network)
+            return module
         layers = self.selection.of(module, self.linear_class)
         chosen = [layer for layer in layers if layer.reason is None]
         if not chosen:
@@ -94,7 +111,10 @@ class LinearPrecision(Precision):
         """Layers that are replaced already, perhaps by another Trainer's plugin, are from now on this one's."""
 
     def freeze(self, module: nn.Module) -> None:
-        """The weights of `module` change no more: keep of them what products read. For rollouts."""
+        """The weights of the replaced layers change no more: keep of them what products read. They may be on meta."""
+
+    def begin_backward(self, step: int) -> None:
+        """A backward begins, of this step: what is random in it is drawn for that."""
 
     def place_tokens(self, positions: Int[Tensor, "b l"]) -> None:
         """Where the tokens that follow stand in the global batch, in the network's order: for what is random and must

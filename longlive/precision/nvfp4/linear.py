@@ -4,20 +4,27 @@
 sharding and LoRA see no difference. What is computed is the recipe's (`recipe.py`, `gemms.py`), who computes it the
 backend.
 
-`materialize()` drops the master weight of a frozen layer: codes, scales and amax stay as the buffers `weight_packed`,
+`materialize()` drops the master weight of a frozen layer: codes, scales and amax stay as `weight_packed`,
 `weight_scale` and `weight_amax`, 0.5625 bytes per weight. They are in the state dict under these names, with the scale
 rule in the state dict's metadata; a layer that is given such a state becomes a packed one.
+
+Codes and scales are frozen Parameters of bytes, so that sharding, and whatever asks what of a module is frozen, treats
+them as any other weight; amax, one number, is a buffer that every rank has. A layer may be packed on meta, before there
+are numbers: `pack` brings them, of a sharded layer every rank its own rows. `masters` is how weights that are not
+packed are loaded where layers are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, zeros
 
+from longlive.parallel.materialise import local_part
 from longlive.precision.nvfp4.backends.base import Backend
 from longlive.precision.nvfp4.format import BLOCK, RULES, QuantisedTensor, quantise
 from longlive.precision.nvfp4.recipe import NVFP4Recipe, StepClock
@@ -135,13 +142,20 @@ class NVFP4Linear(nn.Linear):
         """The packed weight, if there is no master weight any more."""
         if self.rule is None:
             return None
-        return QuantisedTensor(self.weight_packed, self.weight_scale, self.weight_amax, self.rule, self.tiles)
+        scales = self.weight_scale.view(torch.float8_e4m3fn)
+        return QuantisedTensor(self.weight_packed, scales, self.weight_amax, self.rule, self.tiles)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether there are codes in place of the master weight."""
+        return self.rule is not None
 
     def materialize(self) -> None:
-        """Replace a frozen master weight by its codes. Called again, it does nothing.
+        """Replace a frozen master weight by its codes. Called again, it does nothing. On meta the codes have no memory
+        either; `pack` fills them.
 
         Raises:
-            ValueError: if the weight learns, is sharded, has no memory yet, or stays in high precision by the recipe.
+            ValueError: if the weight learns, is sharded, or stays in high precision by the recipe.
         """
         if self.rule is not None:
             return
@@ -152,24 +166,43 @@ class NVFP4Linear(nn.Linear):
             reason = "it learns from its master copy; freeze it (requires_grad_(False)) first"
         elif isinstance(self.weight, DTensor):
             reason = "it is sharded; materialize before sharding"
-        elif self.weight.is_meta:
-            reason = "it is on meta; load weights first"
         if reason is not None:
             raise ValueError(f"{self.name}: the weight cannot be packed: {reason}")
         assert self.recipe.weights is not None
-        codes = quantise(self.weight, self.recipe.weights, tiles=True)
-        self._become_packed(codes.packed, codes.scales, codes.amax, codes.rule)
+        master = self.weight
+        self._become_packed(self.recipe.weights)
+        if not master.is_meta:
+            self.pack(master)
 
-    def _become_packed(self, packed: Tensor, scale: Tensor, amax: Tensor, rule: str) -> None:
+    @torch.no_grad()
+    def pack(self, master: Float[Tensor, "out features"]) -> None:
+        """The codes of a packed layer become those of a weight.
+
+        Args:
+            master: whole, also where the layer is sharded.
+        """
+        assert self.rule is not None
+        codes = quantise(master.to(self.weight_amax.device), self.rule, tiles=True)
+        for kept, made in ((self.weight_packed, codes.packed), (self.weight_scale, codes.scales.view(torch.uint8))):
+            part, where = local_part(kept)
+            part.copy_(made[where])
+        self.weight_amax.copy_(codes.amax)
+        self.tiles = True
+        self.backend_state.clear()
+
+    def _become_packed(self, rule: str) -> None:
+        """With codes that have no numbers yet."""
+        n, k, device = self.out_features, self.in_features, self.weight.device
         self.register_parameter("weight", None)
-        self.register_buffer("weight_packed", packed)
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("weight_amax", amax)
+        for name, width in (("weight_packed", k // 2), ("weight_scale", k // BLOCK)):
+            held = torch.empty(n, width, dtype=torch.uint8, device=device)
+            self.register_parameter(name, nn.Parameter(held, requires_grad=False))
+        self.register_buffer("weight_amax", torch.empty((), dtype=torch.float32, device=device))
         self.rule = rule
         self.backend_state.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NVFP4Linear:
-        """`.to(dtype)` is for numbers in high precision; codes and scales move, and stay what they are."""
+        """`.to(dtype)` is for numbers in high precision; codes, scales and amax move, and stay what they are."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, tensor in before.items():
@@ -207,14 +240,37 @@ class NVFP4Linear(nn.Linear):
             elif self.weight.requires_grad or isinstance(self.weight, DTensor):
                 error_msgs.append(f"{prefix}weight_packed has no master weight to train; freeze the layer first")
             else:
-                n, k, device = self.out_features, self.in_features, self.weight.device
-                self._become_packed(
-                    torch.empty(n, k // 2, dtype=torch.uint8, device=device),
-                    torch.empty(n, k // BLOCK, dtype=torch.float8_e4m3fn, device=device),
-                    torch.empty((), dtype=torch.float32, device=device),
-                    rule,
-                )
+                self._become_packed(rule)
+            # Files have the scales in their own dtype.
+            state_dict[f"{prefix}weight_scale"] = state_dict[f"{prefix}weight_scale"].view(torch.uint8)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self.backend_state.clear()
+
+
+@contextmanager
+def masters(module: nn.Module) -> Iterator[None]:
+    """Inside, packed layers have a master weight beside their codes, zero, for weights to be loaded into by the names
+    that they have in a network that is not packed; afterwards their codes are those of what was loaded. It takes the
+    memory of these weights in float32 for as long, of a sharded layer this rank's share."""
+    layers = [layer for layer in module.modules() if isinstance(layer, NVFP4Linear) and layer.is_packed]
+    for layer in layers:
+        layer.weight = nn.Parameter(_zeros_beside(layer), requires_grad=False)
+    try:
+        yield
+        for layer in layers:
+            weight = layer.weight
+            layer.pack(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+            layer.weight = None  # type: ignore[assignment]  # one after the other: memory falls as it goes
+    finally:
+        for layer in layers:
+            layer.weight = None  # type: ignore[assignment]
+
+
+def _zeros_beside(layer: NVFP4Linear) -> Tensor:
+    """A weight laid out as the layer's codes are."""
+    codes, shape = layer.weight_packed, (layer.out_features, layer.in_features)
+    if isinstance(codes, DTensor):
+        return zeros(*shape, dtype=torch.float32, device_mesh=codes.device_mesh, placements=codes.placements)
+    return torch.zeros(shape, dtype=torch.float32, device=codes.device)

@@ -9,6 +9,7 @@ read when Lightning connects the plugin. A resumed run and one that was never in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -65,6 +66,10 @@ class NVFP4Precision(LinearPrecision):
     def backend_name(self) -> str:
         return self.asked_for if self.backend is None else self.backend.name
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        return (self.recipe, self.asked_for, self.selection, self.clock.seed)
+
     def replace(self, module: nn.Module, layers: Sequence[Layer]) -> None:
         backend = self._backend_of([module.get_submodule(layer.name) for layer in layers])
         for layer in layers:
@@ -101,9 +106,11 @@ class NVFP4Precision(LinearPrecision):
         return super().connect(model, optimizers, lr_schedulers)
 
     def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
-        """A backward begins, of this step."""
-        self.clock.advance(module.global_step)
+        self.begin_backward(module.global_step)
         return super().pre_backward(tensor, module)
+
+    def begin_backward(self, step: int) -> None:
+        self.clock.advance(step)
 
     def place_tokens(self, positions: Int[Tensor, "b l"]) -> None:
         self.clock.place_tokens(positions.flatten())

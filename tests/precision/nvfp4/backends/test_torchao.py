@@ -74,7 +74,7 @@ def test_for_fp4_gemms_scales_are_in_the_gemm_s_order():
     wrapped = backend._wrap(codes.codes, recipe, torch.bfloat16)
     assert wrapped.is_swizzled_scales
     assert wrapped.act_quant_kwargs.use_dynamic_per_tensor_scale
-    reference = to_blocked(codes.weight_scale)
+    reference = to_blocked(codes.codes.scales)
     assert torch.equal(wrapped.scale.flatten().view(torch.uint8), reference.view(torch.uint8).flatten())
     torch.testing.assert_close(wrapped.dequantize(torch.float32), codes.codes.dequantise(), rtol=1e-6, atol=0)
 
