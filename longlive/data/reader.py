@@ -21,7 +21,8 @@ import torch
 from torch.utils.data import Dataset
 
 from longlive.data.sample import ClipSpec, UnreadableSampleError, VideoSample, decode_sample
-from longlive.data.shards import ShardSample, load_index
+from longlive.data.shard_index import ShardSample
+from longlive.data.shards import load_index
 from longlive.data.workers import Reading
 
 logger = logging.getLogger(__name__)

@@ -1,15 +1,8 @@
-"""WebDataset shards: `shard-000000.tar`, ... of `<key>.mp4` + `<key>.json`, and one index, `shards.json`. A sample of
-several files that are read as one (a story) holds `<key>.0.mp4`, `<key>.1.mp4`, ...
+"""Video shards: of `<key>.mp4` + `<key>.json`, or `<key>.0.mp4`, `<key>.1.mp4`, ... of several files that are read as
+one (a story).
 
-The index says for every sample where its members lie in which shard, so a local reader needs no tar parser and a
-remote one knows every shard's length without opening it. It also keeps their checksums. Damage then makes a sample
-unreadable for whoever reads any part of it: ranks that decode different windows of a clip agree on skipping it.
-
-Writing survives a kill at any moment. Shard `s` holds the clips `s n .. (s + 1) n - 1` of the source. It is written
-under a hidden name; when it is complete, the tar is renamed, then its part of the index becomes visible (`.parts/`). A
-restart skips the shards whose part exists and writes the others again; encoding is deterministic, so the result equals
-an uninterrupted run byte for byte. `shards.json` comes last and the parts go. What the interrupted run was asked for
-is kept too (`.parts/plan.json`): continuing with other settings, or another source, is an error and no mixture.
+Shard `s` holds the clips `s n .. (s + 1) n - 1` of the source. Encoding is deterministic, so a set whose writing was
+interrupted and continued (`shard_set.py`) equals an uninterrupted one byte for byte.
 """
 
 from __future__ import annotations
@@ -18,98 +11,23 @@ import hashlib
 import io
 import json
 import logging
-import shutil
-import tarfile
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import webdataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from longlive.data.atomic import write_aside
 from longlive.data.joined import JoinedVideo
+from longlive.data.shard_index import INDEX_NAME, ShardIndex, ShardSample, check_unique, shard_name, write_tar
+from longlive.data.shard_set import ShardSetWriter
 from longlive.data.shots import Shot, check_shots
 from longlive.data.sources import ClipSource, SourceClip, UnreadableClipError
 from longlive.data.video import VIDEO_SUFFIXES, UnreadableVideoError
 from longlive.data.video_writer import write_mp4
 
 logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-INDEX_NAME = "shards.json"
-_PARTS_NAME = ".parts"
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """Where the content of one file lies in its tar, and its CRC-32 (None in sets written before there was one)."""
-
-    offset: int
-    num_bytes: int
-    crc32: int | None = None
-
-    def holds(self, content: bytes) -> bool:
-        """Whether content is what was written."""
-        return len(content) == self.num_bytes and self.crc32 in (None, zlib.crc32(content))
-
-
-@dataclass(frozen=True, slots=True)
-class ShardSample:
-    """One line of the index. `members` maps a suffix (`"mp4"`, `"json"`) to its place in the tar."""
-
-    key: str
-    shard: str
-    members: Mapping[str, Member]
-    num_raw_frames: int
-    fps: float | int
-    shots: tuple[Shot, ...]
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """What `shards.json` holds: samples in the order of the shards, and the clips that were skipped."""
-
-    samples: tuple[ShardSample, ...]
-    skipped: tuple[tuple[str, str], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "format_version": FORMAT_VERSION,
-            "samples": [asdict(sample) for sample in self.samples],
-            "skipped": [{"key": key, "reason": reason} for key, reason in self.skipped],
-        }
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any], origin: str) -> ShardIndex:
-        """Parse; `origin` names the file in errors.
-
-        Raises:
-            ValueError: if the format version is not ours, or a field is missing.
-        """
-        version = content.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{origin} has format_version={version}, this release reads {FORMAT_VERSION}; write the shards again"
-            )
-        try:
-            samples = tuple(
-                ShardSample(
-                    key=sample["key"],
-                    shard=sample["shard"],
-                    members={suffix: Member(**member) for suffix, member in sample["members"].items()},
-                    num_raw_frames=sample["num_raw_frames"],
-                    fps=sample["fps"],
-                    shots=tuple(Shot(**shot) for shot in sample["shots"]),
-                )
-                for sample in content["samples"]
-            )
-            skipped = tuple((clip["key"], clip["reason"]) for clip in content["skipped"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{origin} is no index of shards: {error!r}; write the shards again") from error
-        return cls(samples, skipped)
 
 
 def write_shards(
@@ -143,100 +61,87 @@ def write_shards(
     num_clips = len(source)
     if num_clips == 0:
         raise ValueError("the source holds no clip; nothing to write")
-    directory = Path(directory)
-    parts = directory / _PARTS_NAME
     plan = {"num_clips": num_clips, "clips_per_shard": clips_per_shard, "quality": quality} | {
         f"{which}_clip": _fingerprint(source, index) for which, index in (("first", 0), ("last", num_clips - 1))
     }
-    finished = directory / INDEX_NAME
-    if finished.exists():
-        content = json.loads(finished.read_text())
-        _check_plan(content.get("plan"), plan, directory, "holds finished shards")
-        shutil.rmtree(parts, ignore_errors=True)
-        return ShardIndex.from_json(content, str(finished))
-    parts.mkdir(parents=True, exist_ok=True)
-    if (parts / "plan.json").exists():
-        _check_plan(json.loads((parts / "plan.json").read_text()), plan, directory, "holds an interrupted run")
-    else:
-        _write_json(parts / "plan.json", plan)
+    directory = Path(directory)
+    writer = ShardSetWriter(directory, plan, -(-num_clips // clips_per_shard))
+    index = writer.finished()
+    if index is not None:
+        return index
+    writer.begin()
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    samples: list[ShardSample] = []
-    skipped: list[tuple[str, str]] = []
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task(f"shards in {directory.name}", total=num_clips)
-        for shard, first in enumerate(range(0, num_clips, clips_per_shard)):
-            clips = range(first, min(first + clips_per_shard, num_clips))
-            part = parts / f"{shard:06d}.json"
-            if not part.exists():
-                written = _write_shard(source, clips, directory, shard, quality, strict, lambda: bar.advance(task))
-                _write_json(part, written.to_json())
+        for shard in range(writer.num_shards):
+            clips = range(shard * clips_per_shard, min((shard + 1) * clips_per_shard, num_clips))
+
+            def make(path: Path, shard: int = shard, clips: range = clips) -> ShardIndex:
+                return _write_shard(path, source, clips, shard, quality, strict, lambda: bar.advance(task))
+
+            writer.write(shard, make)
             bar.update(task, completed=clips.stop)
-            index = ShardIndex.from_json(json.loads(part.read_text()), str(part))
-            samples += index.samples
-            skipped += index.skipped
-    if not samples:
-        raise UnreadableClipError(
-            skipped[0][0], f"none of the {num_clips} clips is readable; the first: {skipped[0][1]}"
+
+    def check(index: ShardIndex) -> None:
+        if not index.samples:
+            key, reason = index.skipped[0]
+            raise UnreadableClipError(key, f"none of the {num_clips} clips is readable; the first: {reason}")
+        check_unique(sample.key for sample in index.samples)
+
+    index = writer.finish(check)
+    assert index is not None  # all shards are written
+    if index.skipped:
+        logger.warning(
+            "%d of %d clips were skipped; %s lists them", len(index.skipped), num_clips, directory / INDEX_NAME
         )
-    index = ShardIndex(tuple(samples), tuple(skipped))
-    _check_unique(index)
-    if skipped:
-        logger.warning("%d of %d clips were skipped; %s lists them", len(skipped), num_clips, finished)
-    _write_json(finished, index.to_json() | {"plan": plan})
-    shutil.rmtree(parts)
     return index
 
 
 def _write_shard(
+    path: Path,
     source: ClipSource,
     clips: range,
-    directory: Path,
     shard: int,
     quality: int,
     strict: bool,
     advance: Callable[[], object],
 ) -> ShardIndex:
-    """One tar, complete or absent, and its part of the index."""
-    name = f"shard-{shard:06d}.tar"
+    """One tar and its part of the index."""
     metadata: dict[str, dict[str, Any]] = {}
     skipped: list[tuple[str, str]] = []
-    with write_aside(directory / name) as temporary:
-        # One ShardWriter per tar: it would start the next one by its own count, and name it its own way.
-        with (
-            temporary.open("wb") as file,
-            webdataset.ShardWriter(
-                "%d", maxcount=len(clips) + 1, maxsize=float("inf"), opener=lambda _: file, verbose=0, mtime=0
-            ) as writer,
-        ):
-            for clip_index in clips:
-                try:
-                    clip = source[clip_index]
-                    videos, fields = _encode_clip(clip, quality)
-                except UnreadableClipError as error:
-                    if strict:
-                        raise
-                    logger.warning("skipped an unreadable clip: %s", error)
-                    skipped.append((error.key, error.reason))
-                else:
-                    if clip.key in metadata:
-                        raise ValueError(f"two clips of the source share the key {clip.key!r}; keys must be unique")
-                    metadata[clip.key] = fields
-                    writer.write({"__key__": clip.key, **videos, "json": json.dumps(fields).encode()})
-                advance()
-        places = scan_tar(temporary)
-    samples = tuple(
-        ShardSample(
-            key=key,
-            shard=name,
-            members=places[key],
-            num_raw_frames=fields["num_raw_frames"],
-            fps=fields["fps"],
-            shots=tuple(Shot(**shot) for shot in fields["shots"]),
-        )
-        for key, fields in metadata.items()
+
+    def samples() -> Iterator[tuple[str, Mapping[str, bytes]]]:
+        for clip_index in clips:
+            try:
+                clip = source[clip_index]
+                videos, fields = _encode_clip(clip, quality)
+            except UnreadableClipError as error:
+                if strict:
+                    raise
+                logger.warning("skipped an unreadable clip: %s", error)
+                skipped.append((error.key, error.reason))
+            else:
+                check_unique([*metadata, clip.key])
+                metadata[clip.key] = fields
+                yield clip.key, {**videos, "json": json.dumps(fields).encode()}
+            advance()
+
+    places = write_tar(path, samples())
+    return ShardIndex(
+        tuple(
+            ShardSample(
+                key=key,
+                shard=shard_name(shard),
+                members=places[key],
+                num_raw_frames=fields["num_raw_frames"],
+                fps=fields["fps"],
+                shots=tuple(Shot(**shot) for shot in fields["shots"]),
+            )
+            for key, fields in metadata.items()
+        ),
+        tuple(skipped),
     )
-    return ShardIndex(samples, tuple(skipped))
 
 
 def _encode_clip(clip: SourceClip, quality: int) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -261,16 +166,16 @@ def _encode_clip(clip: SourceClip, quality: int) -> tuple[dict[str, bytes], dict
     }
 
 
-def scan_tar(path: Path) -> dict[str, dict[str, Member]]:
-    """Where every member lies, and its checksum: key -> suffix -> place."""
-    places: dict[str, dict[str, Member]] = {}
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            key, _, suffix = member.name.partition(".")
-            file = tar.extractfile(member)
-            assert file is not None  # a shard holds plain files
-            places.setdefault(key, {})[suffix] = Member(member.offset_data, member.size, zlib.crc32(file.read()))
-    return places
+def _fingerprint(source: ClipSource, index: int) -> str:
+    """A hash of one clip's content: notices that a run is continued with another source."""
+    try:
+        clip = source[index]
+    except UnreadableClipError as error:
+        return f"unreadable {error.key}"
+    digest = hashlib.blake2b(repr((clip.key, clip.fps, clip.shots, clip.suffix)).encode(), digest_size=16)
+    for content in (*clip.files, clip.frames.numpy().tobytes() if clip.frames is not None else b""):
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def load_index(location: str | Path) -> ShardIndex:
@@ -323,41 +228,3 @@ def video_members(members: Sequence[str] | Mapping[str, Any]) -> list[str]:
     videos = [suffix.split(".") for suffix in members]
     videos = [parts for parts in videos if parts[-1] in VIDEO_SUFFIXES and (len(parts) == 1 or parts[0].isdecimal())]
     return [".".join(parts) for parts in sorted(videos, key=lambda parts: len(parts) > 1 and int(parts[0]))]
-
-
-def _fingerprint(source: ClipSource, index: int) -> str:
-    """A hash of one clip's content: notices that a run is continued with another source."""
-    try:
-        clip = source[index]
-    except UnreadableClipError as error:
-        return f"unreadable {error.key}"
-    digest = hashlib.blake2b(repr((clip.key, clip.fps, clip.shots, clip.suffix)).encode(), digest_size=16)
-    for content in (*clip.files, clip.frames.numpy().tobytes() if clip.frames is not None else b""):
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def _check_plan(found: Mapping[str, Any] | None, asked: Mapping[str, Any], directory: Path, what: str) -> None:
-    if found is None:
-        raise ValueError(f"{directory} {what} that this writer did not make; choose another directory")
-    different = [
-        f"{name}: {found.get(name)} there, {value} now" for name, value in asked.items() if found.get(name) != value
-    ]
-    if different:
-        raise ValueError(
-            f"{directory} {what} of other settings or another source ({'; '.join(different)}); "
-            "use the same ones to continue it, or choose another directory"
-        )
-
-
-def _check_unique(index: ShardIndex) -> None:
-    seen: set[str] = set()
-    for sample in index.samples:
-        if sample.key in seen:
-            raise ValueError(f"two clips of the source share the key {sample.key!r}; keys must be unique")
-        seen.add(sample.key)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with write_aside(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
