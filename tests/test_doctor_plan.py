@@ -20,7 +20,18 @@ from longlive.config import compose
 from longlive.doctor.plan import Plan, make_plan
 from longlive.doctor.plan_codec import count_frame_flops
 from longlive.doctor.plan_config import Machine
-from longlive.doctor.plan_memory import Numbers, Sharding, Weights, activation_memory, count_weights, weight_memory
+from longlive.doctor.plan_memory import (
+    Activations,
+    Numbers,
+    Sharding,
+    Weights,
+    activation_memory,
+    converted_bytes,
+    count_weights,
+    optimizer_step_bytes,
+    training_phases,
+    weight_memory,
+)
 from longlive.doctor.plan_report import as_dict
 from longlive.doctor.plan_work import (
     attention_flops,
@@ -114,19 +125,15 @@ def saved_bytes(work: Workload, precision: str, group: dist.ProcessGroup | None 
 def test_activations_are_what_autograd_saves(work: Workload, precision: str) -> None:
     """A term that is forgotten shows as an out-of-memory error hours later, on the real size alone."""
     memory = activation_memory(work, 0, Numbers.of(precision, "cpu"), Sharding())
-    planned = sum(number for name, number in memory.items() if name != "widest gradients")
-    if precision == "bf16-mixed":
-        weights = count_weights(work.model, lambda named: torch.optim.AdamW(named))
-        planned += weight_memory(weights, Sharding(), accumulation=1, has_average=False, autocast=True)[
-            "bfloat16 copies of the weights"
-        ]
+    weights = count_weights(work.model, lambda named: torch.optim.AdamW(named))
+    planned = memory.outside + memory.kept + converted_bytes(weights, Sharding(), precision == "bf16-mixed")
     assert planned == pytest.approx(saved_bytes(work, precision), rel=0.01)
 
 
 def _saved_on_every_rank(work: Workload) -> None:
     planned = activation_memory(work, dist.get_rank(), Numbers.of("32-true", "cpu"), Sharding())
     counted = saved_bytes(work, "32-true", dist.group.WORLD)
-    assert sum(planned.values()) - planned["widest gradients"] == pytest.approx(counted, rel=0.01)
+    assert planned.outside + planned.kept == pytest.approx(counted, rel=0.01)
 
 
 def test_activations_of_sequence_ranks_are_what_autograd_saves() -> None:
@@ -140,13 +147,31 @@ def test_activation_checkpointing_keeps_inputs_and_one_block() -> None:
     whole, every, second = (
         activation_memory(work, 0, numbers, Sharding(activation_checkpointing=n)) for n in (0, 1, 2)
     )
-    block = whole["blocks"] // 4
+    block = whole.kept // 4
     inputs = work.tokens(0) * work.model.dim * 4
-    assert every["inputs of checkpointed blocks"] == 4 * inputs
-    assert every["one block, computed again"] == block
-    assert "blocks" not in every
-    assert second["inputs of checkpointed blocks"] == 2 * inputs
-    assert second["blocks"] == 2 * block
+    assert (whole.again, every.again, second.again) == (0, block, block)
+    assert every.kept == 4 * inputs
+    assert second.kept == 2 * inputs + 2 * block
+
+
+def test_gradients_and_what_forward_keeps_are_not_added_up_twice() -> None:
+    """Backward frees the one while it makes the other; with accumulation it begins with both."""
+    activations = Activations(outside=1, kept=20, again=300, widest=4000)
+    once, more = (
+        training_phases(activations, gradients=50000, converted=7, accumulation=n, saves_converted=False)
+        for n in (1, 2)
+    )
+    assert {phase: sum(held.values()) for phase, held in once.items()} == {
+        "forward": 54028,
+        "backward, first": 4321,
+        "backward, last": 54300,
+    }
+    assert sum(more["backward, first"].values()) == 54321
+    without = training_phases(
+        Activations(1, 20, 0, 4000), gradients=50000, converted=7, accumulation=1, saves_converted=True
+    )
+    assert sum(without["forward"].values()) == 50028
+    assert sum(without["backward, first"].values()) == 4028
 
 
 @pytest.mark.parametrize(
@@ -196,6 +221,7 @@ def test_optimizer_state_is_counted_for_every_optimizer() -> None:
     in_blocks = sum(parameter.numel() for parameter in CausalWan(model).blocks.parameters() if parameter.ndim == 2)
     assert muon.optimizer_bytes == 2 * 4 * adamw.num_parameters - 4 * in_blocks
     assert (adamw.muon, muon.muon) == (0, in_blocks)
+    assert (adamw.adam, muon.adam) == (adamw.num_parameters, adamw.num_parameters - in_blocks)
 
 
 def plan_of(strategy: str, size: int, *overrides: str, machine: Machine | None = None) -> Plan:
@@ -280,19 +306,33 @@ WEIGHTS = Weights(num_parameters=1000, block=200, num_blocks=4, timestep=100, ma
 
 
 def test_weights_are_divided_by_the_ranks_that_share_them() -> None:
-    sharded = weight_memory(WEIGHTS, Sharding(num_shards=4), accumulation=1, has_average=True, autocast=False)
+    sharded = weight_memory(WEIGHTS, Sharding(num_shards=4, gathers=True), accumulation=1, has_average=True)
     assert sharded == {
         "parameters": 1000,
-        "gradients": 1000,
         "optimizer state": 2000,
         "average (EMA)": 1000,
         "gathered parameters": (200 + 2 * 200) * 4,
     }
-    accumulated = weight_memory(WEIGHTS, Sharding(num_shards=4), accumulation=2, has_average=False, autocast=False)
+    accumulated = weight_memory(WEIGHTS, Sharding(num_shards=4), accumulation=2, has_average=False)
     assert accumulated["gradients held whole while accumulating"] == 4000
-    replicated = weight_memory(WEIGHTS, Sharding(num_replicas=4), accumulation=1, has_average=False, autocast=True)
-    assert replicated["parameters"] == 4000
-    assert replicated["bfloat16 copies of the weights"] == 1800
+    alone = weight_memory(WEIGHTS, Sharding(gathers=True, gathered_itemsize=2), accumulation=2, has_average=False)
+    assert alone == {
+        "parameters": 4000,
+        "optimizer state": 8000,
+        # The timestep's layers stay float32.
+        "gathered parameters": (100 + 2 * 200) * 2 + 100 * 4,
+    }
+    replicated = Sharding(num_replicas=4)
+    assert weight_memory(WEIGHTS, replicated, accumulation=1, has_average=False)["parameters"] == 4000
+    assert converted_bytes(WEIGHTS, replicated, autocast=True) == 1800
+    assert converted_bytes(WEIGHTS, replicated, autocast=False) == 0
+    assert converted_bytes(WEIGHTS, Sharding(gathered_itemsize=2), autocast=True) == 0
+
+
+def test_adam_on_a_gpu_holds_a_number_more_per_parameter() -> None:
+    assert optimizer_step_bytes(replace(WEIGHTS, adam=1000), Sharding(num_shards=4), "cuda") == 1000
+    assert optimizer_step_bytes(replace(WEIGHTS, adam=1000), Sharding(), "cpu") == 0
+    assert optimizer_step_bytes(WEIGHTS, Sharding(), "cuda") == 0
 
 
 def test_weights_travel_once_per_micro_batch_and_gradients_once_per_step() -> None:

@@ -18,7 +18,7 @@ from longlive.callbacks.ema import EMA
 from longlive.callbacks.sample_video import SampleVideo
 from longlive.codecs.base import VideoCodec
 from longlive.config import instantiate
-from longlive.doctor.plan_codec import EncodeCost, count_frame_flops, encode_cost
+from longlive.doctor.plan_codec import EncodeCost, count_frame_flops, encode_cost, no_encode
 from longlive.doctor.plan_config import (
     Machine,
     accumulation_of,
@@ -29,7 +29,17 @@ from longlive.doctor.plan_config import (
     sharding_of,
     strategy_of,
 )
-from longlive.doctor.plan_memory import Numbers, activation_memory, block_activations, count_weights, weight_memory
+from longlive.doctor.plan_memory import (
+    Numbers,
+    activation_memory,
+    block_activations,
+    converted_bytes,
+    count_weights,
+    optimizer_step_bytes,
+    shard_bytes,
+    training_phases,
+    weight_memory,
+)
 from longlive.doctor.plan_work import (
     attention_flops,
     scalar_communication,
@@ -54,20 +64,25 @@ class Memory:
 
     Attributes:
         always: weights and what belongs to them.
-        training: what autograd holds, at the turn from forward to backward.
-        encode: at the peak of an encode; the codec's weights are among `always`.
-        sampling: of a rollout of the samples during training.
+        phases: what a step goes through, and what each holds beside.
     """
 
     always: Mapping[str, int]
-    training: Mapping[str, int]
-    encode: int
-    sampling: int
+    phases: Mapping[str, Mapping[str, int]]
+
+    def of(self, phase: str) -> int:
+        """What is there in a phase."""
+        return sum(self.always.values()) + sum(self.phases[phase].values())
+
+    @property
+    def fullest(self) -> str:
+        """The phase that holds most."""
+        return max(self.phases, key=self.of)
 
     @property
     def peak(self) -> int:
-        """What is there always, and the largest of what takes turns."""
-        return sum(self.always.values()) + max(sum(self.training.values()), self.encode, self.sampling)
+        """What that phase holds."""
+        return self.of(self.fullest)
 
 
 @dataclass(frozen=True)
@@ -147,8 +162,13 @@ class Plan:
         return self.data_size * sum(rank.flops + rank.encode_flops for rank in self.ranks)
 
 
-def make_plan(config: DictConfig, machine: Machine) -> Plan:
+def make_plan(config: DictConfig, machine: Machine, pre_encoded: bool = False) -> Plan:
     """Plan `conf/train.yaml` as composed. Data need not be there, and pretrained weights neither.
+
+    Args:
+        config: of the run.
+        machine: that it is planned for.
+        pre_encoded: whether clips come as latents, so that nothing is encoded and no codec held.
 
     Raises:
         ValueError: if the run could not work; mostly in the run's own words.
@@ -193,27 +213,46 @@ def make_plan(config: DictConfig, machine: Machine) -> Plan:
         sharding,
         accumulation=accumulation,
         has_average=any(isinstance(callback, EMA) for callback in callbacks),
-        autocast=precision != "32-true",
     )
-    always["codec"] = sum(tensor.nbytes for tensor in (*codec.parameters(), *codec.buffers()))
-    sampling = max(
-        (_cache_bytes(module, codec, call) for call in callbacks if isinstance(call, SampleVideo)), default=0
-    )
+    samples = [callback for callback in callbacks if isinstance(callback, SampleVideo)]
+    if samples or not pre_encoded:
+        always["codec"] = sum(tensor.nbytes for tensor in (*codec.parameters(), *codec.buffers()))
+    gradients = shard_bytes(weights, sharding)
+    others = {
+        "samples": {
+            "gradients": gradients,
+            "KV cache": max((_cache_bytes(module, codec, callback) for callback in samples), default=0),
+        },
+        "optimizer": {
+            "gradients": gradients,
+            "its own numbers": optimizer_step_bytes(weights, sharding, machine.device),
+        },
+    }
 
-    frame_flops = count_frame_flops(codec, clip.height, clip.width)
+    frame_flops = None if pre_encoded else count_frame_flops(codec, clip.height, clip.width)
     ranks = []
     for rank in range(size):
-        encode = encode_cost(
-            codec,
-            frame_flops,
-            workload.layout.frames(rank, clip.chunk_frames),
-            context,
-            batch_size=workload.batch_size,
-            num_frames=clip.num_frames,
-            height=clip.height,
-            width=clip.width,
+        frames = workload.layout.frames(rank, clip.chunk_frames)
+        if frame_flops is None:
+            encode = no_encode(frames)
+        else:
+            encode = encode_cost(
+                codec,
+                frame_flops,
+                frames,
+                context,
+                batch_size=workload.batch_size,
+                num_frames=clip.num_frames,
+                height=clip.height,
+                width=clip.width,
+            )
+        phases = training_phases(
+            activation_memory(workload, rank, numbers, sharding),
+            gradients=gradients,
+            converted=converted_bytes(weights, sharding, precision != "32-true"),
+            accumulation=accumulation,
+            saves_converted=sharding.num_checkpointed(model.num_layers) < model.num_layers,
         )
-        activations = activation_memory(workload, rank, numbers, sharding)
         ranks.append(
             RankPlan(
                 tokens=workload.tokens(rank),
@@ -221,7 +260,10 @@ def make_plan(config: DictConfig, machine: Machine) -> Plan:
                 encode=encode,
                 flops=accumulation * training_flops(workload, rank, sharding),
                 encode_flops=accumulation * encode.flops,
-                memory=Memory(always, activations, encode.peak_bytes or 0, sampling),
+                memory=Memory(
+                    always,
+                    {"encode": {"gradients": gradients, "encode": encode.peak_bytes or 0}, **phases, **others},
+                ),
             )
         )
     local_tokens = workload.tokens(0) // workload.batch_size

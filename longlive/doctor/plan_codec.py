@@ -22,7 +22,7 @@ class EncodeCost:
     """Of one micro-batch on one rank.
 
     Attributes:
-        window: the raw frames that it reads of every clip.
+        window: the raw frames that it reads of every clip; None: it reads latents.
         frames: frames whose latents it keeps.
         encoded_frames: frames that it encodes for that, context included.
         flops: of the encode.
@@ -30,7 +30,7 @@ class EncodeCost:
         sent_bytes: of causal convolutions' inputs, to the right neighbour.
     """
 
-    window: ClipWindow
+    window: ClipWindow | None
     frames: int
     encoded_frames: int
     flops: int
@@ -39,7 +39,7 @@ class EncodeCost:
 
     @property
     def raw_frames(self) -> int:
-        return self.window.stop - self.window.start
+        return 0 if self.window is None else self.window.stop - self.window.start
 
 
 @dataclass(frozen=True)
@@ -107,3 +107,8 @@ def encode_cost(
         in_one_piece = groups if split else min(groups, ratio)
         peak = codec.encode_bytes(batch_size, in_one_piece or 1, height, width)
     return EncodeCost(window, len(frames), encoded, batch_size * clip_flops, peak, sent)
+
+
+def no_encode(frames: range) -> EncodeCost:
+    """Of a rank that owns `frames` and reads their latents."""
+    return EncodeCost(None, len(frames), 0, 0, 0, 0)

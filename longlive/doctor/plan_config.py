@@ -99,6 +99,7 @@ def sharding_of(strategy: ShardedStrategy | str, machine: Machine) -> Sharding:
         gathered_itemsize=2 if options.parameter_dtype == "bfloat16" else FLOAT32,
         reduced_itemsize=2 if options.reduce_dtype == "bfloat16" else FLOAT32,
         reshard_after_forward=options.reshard_after_forward,
+        gathers=True,
         activation_checkpointing=int(options.activation_checkpointing),
     )
 

@@ -2,8 +2,21 @@
 
 **Weights.** Parameters, gradients, the optimizer's state and the average are float32, divided by the ranks that they
 are sharded over. FSDP gathers the parameters outside the blocks for the whole step and those of two blocks at a time
-(the one that computes and the next); gradients that are accumulated over micro-batches without communication are held
-whole. Under autocast, the bfloat16 copies of float32 matrices live as long as a forward.
+(the one that computes and the next), on a single rank too; gradients that are accumulated over micro-batches without
+communication are held whole. Under autocast, the bfloat16 copies of float32 matrices live as long as a forward. The
+step of Adam on a GPU holds one more number per parameter.
+
+**Phases.** Gradients live from one backward to the next: Lightning drops them when the next one begins. So where they
+are not accumulated, backward begins without them and ends with them and without what forward had kept, and of the two
+only the larger counts:
+
+| phase | beside what is always there |
+|---|---|
+| encode, samples | gradients, and what they need themselves |
+| forward, at its end | gradients, what all blocks keep, the widest features, bfloat16 copies |
+| backward, at its beginning | what all blocks keep, one block computed again, the widest gradients |
+| backward, at its end | gradients, one block, the widest gradients |
+| optimizer | gradients, the optimizer's own numbers |
 
 **Activations** are what autograd saves, counted by storage: `l` tokens of a rank's sequence, `d` features, `m` of the
 feed-forward, `n` heads, `c` bytes of the compute dtype (4, or 2 under bf16-mixed), `a` bytes in attention. Per block:
@@ -40,7 +53,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Adam, Muon, Optimizer
 
 from longlive.doctor.plan_workload import Workload
 from longlive.models.wan.config import WanConfig
@@ -60,6 +73,7 @@ class Sharding:
         gathered_itemsize: bytes per number of gathered parameters.
         reduced_itemsize: bytes per number of gradients on their way.
         reshard_after_forward: whether a block's parameters are dropped after its forward and gathered again.
+        gathers: whether a block computes with a gathered copy of its parameters, as FSDP has it on one rank too.
         activation_checkpointing: 0: never; n: every n-th block is computed again in backward.
     """
 
@@ -68,6 +82,7 @@ class Sharding:
     gathered_itemsize: int = FLOAT32
     reduced_itemsize: int = FLOAT32
     reshard_after_forward: bool = True
+    gathers: bool = False
     activation_checkpointing: int = 0
 
     def num_checkpointed(self, num_layers: int) -> int:
@@ -87,6 +102,7 @@ class Weights:
         matrices: of the weights that autocast converts.
         optimizer_bytes: of the optimizer's state.
         muon: of the matrices that Muon needs whole.
+        adam: of the parameters that Adam steps, all at once on a GPU.
     """
 
     num_parameters: int
@@ -96,6 +112,7 @@ class Weights:
     matrices: int
     optimizer_bytes: int
     muon: int = 0
+    adam: int = 0
 
     def gathered_bytes(self, num_blocks: int, itemsize: int) -> int:
         """Of everything outside the blocks, and of so many blocks, gathered."""
@@ -117,7 +134,7 @@ def count_weights(
     optimizer = make_optimizer([(f"network.{name}", parameter) for name, parameter in parameters.items()])
     optimizer.step()
     state = [value for entries in optimizer.state.values() for value in entries.values()]
-    by_muon = optimizer.parts[0].param_groups if isinstance(optimizer, MuonAdamW) else []
+    parts = optimizer.parts if isinstance(optimizer, MuonAdamW) else (optimizer,)
     return Weights(
         num_parameters=total,
         block=block,
@@ -125,31 +142,42 @@ def count_weights(
         timestep=sum(p.numel() for name, p in parameters.items() if name.startswith("time_")),
         matrices=sum(p.numel() for name, p in parameters.items() if p.ndim > 1 and not name.startswith("time_")),
         optimizer_bytes=sum(value.nbytes for value in state if isinstance(value, torch.Tensor) and value.ndim),
-        muon=sum(parameter.numel() for group in by_muon for parameter in group["params"]),
+        muon=sum(_num_stepped(part) for part in parts if isinstance(part, Muon)),
+        adam=sum(_num_stepped(part) for part in parts if isinstance(part, Adam)),
     )
 
 
-def weight_memory(
-    weights: Weights, sharding: Sharding, *, accumulation: int, has_average: bool, autocast: bool
-) -> dict[str, int]:
-    """Bytes per rank that do not depend on the clip, by name."""
+def _num_stepped(optimizer: Optimizer) -> int:
+    return sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+
+
+def weight_memory(weights: Weights, sharding: Sharding, *, accumulation: int, has_average: bool) -> dict[str, int]:
+    """Bytes per rank that are there all the time, by name."""
     shards = sharding.num_shards
-    share = -(-weights.num_parameters * FLOAT32 // shards)
-    memory = {
-        "parameters": share,
-        "gradients": share,
-        "optimizer state": -(-weights.optimizer_bytes // shards),
-    }
+    memory = {"parameters": shard_bytes(weights, sharding), "optimizer state": -(-weights.optimizer_bytes // shards)}
     if has_average:
-        memory["average (EMA)"] = share
-    if shards > 1:
+        memory["average (EMA)"] = shard_bytes(weights, sharding)
+    if sharding.gathers:
         num_blocks = min(2, weights.num_blocks) if sharding.reshard_after_forward else weights.num_blocks
         memory["gathered parameters"] = weights.gathered_bytes(num_blocks, sharding.gathered_itemsize)
-        if accumulation > 1:
-            memory["gradients held whole while accumulating"] = weights.num_parameters * sharding.reduced_itemsize
-    if autocast and (shards == 1 or sharding.gathered_itemsize == FLOAT32):
-        memory["bfloat16 copies of the weights"] = 2 * weights.matrices
+    if shards > 1 and accumulation > 1:
+        memory["gradients held whole while accumulating"] = weights.num_parameters * sharding.reduced_itemsize
     return memory
+
+
+def shard_bytes(weights: Weights, sharding: Sharding) -> int:
+    """Of one float32 number for each of a rank's parameters: of itself, or of its gradient."""
+    return -(-weights.num_parameters * FLOAT32 // sharding.num_shards)
+
+
+def converted_bytes(weights: Weights, sharding: Sharding, autocast: bool) -> int:
+    """Of the bfloat16 copies that autocast makes of the matrices in a forward, if they are not gathered in it."""
+    return 2 * weights.matrices if autocast and sharding.gathered_itemsize == FLOAT32 else 0
+
+
+def optimizer_step_bytes(weights: Weights, sharding: Sharding, device: str) -> int:
+    """Of what the optimizer's step holds for itself: Adam on a GPU the roots of all its second moments."""
+    return -(-weights.adam * FLOAT32 // sharding.num_shards) if device == "cuda" else 0
 
 
 @dataclass(frozen=True)
@@ -214,16 +242,61 @@ def outer_activations(workload: Workload, rank: int, numbers: Numbers) -> int:
     return tokens * per_token + frames * per_frame + text
 
 
-def activation_memory(workload: Workload, rank: int, numbers: Numbers, sharding: Sharding) -> dict[str, int]:
-    """Bytes per rank that live at the turn from forward to backward, by name."""
+@dataclass(frozen=True)
+class Activations:
+    """Bytes per rank that autograd holds, and what lives beside.
+
+    Attributes:
+        outside: saved outside the blocks.
+        kept: saved of all blocks through forward: everything, or the input where a block is computed again.
+        again: of one block that is computed again.
+        widest: of the widest features, or of their gradients.
+    """
+
+    outside: int
+    kept: int
+    again: int
+    widest: int
+
+
+def activation_memory(workload: Workload, rank: int, numbers: Numbers, sharding: Sharding) -> Activations:
+    """What a micro-batch takes on a rank."""
     block = sum(block_activations(workload, rank, numbers).values())
     tokens, num_layers = workload.tokens(rank), workload.model.num_layers
     num_checkpointed = sharding.num_checkpointed(num_layers)
-    memory = {"outside the blocks": outer_activations(workload, rank, numbers)}
-    if num_checkpointed:
-        memory["inputs of checkpointed blocks"] = num_checkpointed * tokens * workload.model.dim * numbers.compute
-        memory["one block, computed again"] = block
-    if num_checkpointed < num_layers:
-        memory["blocks"] = (num_layers - num_checkpointed) * block
-    memory["widest gradients"] = 2 * tokens * workload.model.ffn_dim * numbers.compute
-    return memory
+    inputs = num_checkpointed * tokens * workload.model.dim * numbers.compute
+    return Activations(
+        outside=outer_activations(workload, rank, numbers),
+        kept=inputs + (num_layers - num_checkpointed) * block,
+        again=block if num_checkpointed else 0,
+        widest=2 * tokens * workload.model.ffn_dim * numbers.compute,
+    )
+
+
+def training_phases(
+    activations: Activations, *, gradients: int, converted: int, accumulation: int, saves_converted: bool
+) -> dict[str, dict[str, int]]:
+    """Bytes by phase and name; see the module docstring.
+
+    Args:
+        activations: of a micro-batch.
+        gradients: of the parameters.
+        converted: of the bfloat16 copies of matrices.
+        accumulation: micro-batches per step; gradients are held from one to the next.
+        saves_converted: whether backward needs those copies.
+    """
+    a = activations
+    saved = {"outside the blocks": a.outside, "kept of the blocks": a.kept}
+    copies = {"bfloat16 copies of the weights": converted}
+    again = {"one block, computed again": a.again} if a.again else {}
+    return {
+        "forward": {"gradients": gradients, **saved, **copies, "widest features": a.widest if a.again else 0},
+        "backward, first": {
+            "gradients": gradients if accumulation > 1 else 0,
+            **saved,
+            **(copies if saves_converted else {}),
+            **again,
+            "widest gradients": a.widest,
+        },
+        "backward, last": {"gradients": gradients, **again, "widest gradients": a.widest},
+    }

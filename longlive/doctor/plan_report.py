@@ -2,9 +2,10 @@
 
     longlive doctor plan num_gpus=64 gpu_memory=80 model=ti2v_5b strategy=balanced_sp ...
 
-Every override is one of `longlive train`; `num_gpus`, `gpus_per_node`, `gpu_memory` (GiB), `device` and `json` belong
-to the plan. What `train` would refuse is refused, in the same words and with exit code 1; so is, with exit code 2, a
-run that does not fit into `gpu_memory`. `longlive.doctor.plan_memory` says what the model of memory is.
+Every override is one of `longlive train`; `num_gpus`, `gpus_per_node`, `gpu_memory` (GiB), `device`, `pre_encoded`
+(true: clips come as latents) and `json` belong to the plan. What `train` would refuse is refused, in the same words and
+with exit code 1; so is, with exit code 2, a run that does not fit into `gpu_memory`. `longlive.doctor.plan_memory` says
+what the model of memory is.
 """
 
 from __future__ import annotations
@@ -24,14 +25,31 @@ from longlive.config import compose
 from longlive.doctor.plan import GIBIBYTE, Plan, make_plan
 from longlive.doctor.plan_config import Machine
 
+
+def _flag(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(f"{text} is neither true nor false")
+    return text == "true"
+
+
 _OF_THE_PLAN: dict[str, Callable[[str], Any]] = {
     "num_gpus": int,
     "gpus_per_node": int,
     "gpu_memory": float,
     "device": str,
     "json": str,
+    "pre_encoded": _flag,
 }
 DOES_NOT_FIT = 2
+
+_ADVICE = {
+    "encode": "Encoding takes most; strategy.codec_context=halo encodes in small groups, and latents that are encoded "
+    "before (pre_encoded=true) need none",
+    "samples": "The rollouts of the samples take most; fewer or shorter ones, or callbacks.samples=null",
+    "optimizer": "The optimizer takes most; more GPUs, or an optimizer that keeps less",
+    "forward": "Training takes most; a larger sequence_parallel_size, activation checkpointing "
+    "(strategy.sharding.activation_checkpointing=true), a window or a smaller batch_size",
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -51,8 +69,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         own, overrides = _split(options.overrides)
-        path = own.pop("json", None)
-        plan = make_plan(compose("train", overrides, options.config_dir), Machine(**own))
+        path, pre_encoded = own.pop("json", None), own.pop("pre_encoded", False)
+        plan = make_plan(compose("train", overrides, options.config_dir), Machine(**own), pre_encoded)
     except ValueError as error:
         print(f"longlive doctor plan: {error}", file=sys.stderr)
         return 1
@@ -86,7 +104,8 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         try:
             own[name] = _OF_THE_PLAN[name](value)
         except ValueError:
-            raise ValueError(f"{name}={value} is no number") from None
+            kind = "neither true nor false" if _OF_THE_PLAN[name] is _flag else "no number"
+            raise ValueError(f"{name}={value} is {kind}") from None
     if "num_gpus" not in own:
         raise ValueError("num_gpus=... must be given: how many GPUs (or CPU processes) the run is planned for")
     return own, overrides
@@ -116,16 +135,15 @@ def as_dict(plan: Plan) -> dict[str, Any]:
                 "tokens": rank.tokens,
                 "loss_tokens": rank.loss_tokens,
                 "raw_frames": rank.encode.raw_frames,
-                "window": asdict(rank.encode.window),
+                "window": asdict(rank.encode.window) if rank.encode.window else None,
                 "encoded_frames": rank.encode.encoded_frames,
                 "frames": rank.encode.frames,
                 "flops_per_step": rank.flops,
                 "encode_flops_per_step": rank.encode_flops,
                 "memory": {
                     "always": dict(rank.memory.always),
-                    "training": dict(rank.memory.training),
-                    "encode": rank.memory.encode,
-                    "sampling": rank.memory.sampling,
+                    "phases": {name: dict(held) for name, held in rank.memory.phases.items()},
+                    "fullest": rank.memory.fullest,
                     "peak": rank.memory.peak,
                 },
             }
@@ -198,11 +216,9 @@ def _tables(plan: Plan) -> list[tuple[str, list[tuple[str, str]]]]:
             "memory per rank" + (", of the fullest" if len({rank.memory.peak for rank in ranks}) > 1 else ""),
             [
                 *_byte_rows(first.always),
-                ("while training", _bytes(sum(first.training.values()))),
-                *((f"  {name}", value) for name, value in _byte_rows(first.training)),
-                ("while encoding", _bytes(first.encode)),
-                ("while samples are drawn (KV cache)", _bytes(first.sampling)),
-                ("peak: all, and the largest of the three whiles", _bytes(first.peak)),
+                *((f"in {name}, beside", _bytes(sum(held.values()))) for name, held in first.phases.items()),
+                *((f"  {name}", value) for name, value in _byte_rows(first.phases[first.fullest])),
+                (f"peak: in {first.fullest}", _bytes(first.peak)),
             ],
         ),
         ("activations of one block", _byte_rows(plan.activations_of_a_block)),
@@ -254,14 +270,5 @@ def _verdict(plan: Plan) -> str:
     if plan.fits:
         return f"yes: {peak} per GPU by the model of memory, within {memory}."
     most = max((rank.memory for rank in plan.ranks), key=lambda memory: memory.peak)
-    training = sum(most.training.values())
-    if most.encode > max(training, most.sampling):
-        advice = "Encoding takes most; strategy.codec_context=halo encodes in small groups"
-    elif most.sampling > training:
-        advice = "The rollouts of the samples take most; fewer or shorter ones, or callbacks.samples=null"
-    else:
-        advice = (
-            "Training takes most; a larger sequence_parallel_size, activation checkpointing "
-            "(strategy.sharding.activation_checkpointing=true), a window or a smaller batch_size"
-        )
+    advice = _ADVICE.get(most.fullest, _ADVICE["forward"])
     return f"no: {peak} per GPU by the model of memory, more than {memory}. {advice}."
