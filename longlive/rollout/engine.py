@@ -21,11 +21,15 @@ for: a sample's video depends neither on the batch it is generated in, nor on ho
 **Given frames** (image to video: one) are the first frames of the video, clean latents that are not generated. In their
 chunk they stay what they are, at timestep 0, while the frames beside them are denoised, as in training
 (`TeacherForcingModule.given_frames`); a chunk of given frames alone only gets its context pass.
+
+**Prompt switches** within a shot leave the cache as it is, or rebuild it (`prompt_switch`, `switches.py`): then the
+finished chunks that the next one sees go through context passes under the new prompt. The unconditional branch, whose
+prompt is the same, keeps its own.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -41,29 +45,9 @@ from longlive.rollout.cache import ChunkView, KeyValueCache
 from longlive.rollout.request import GivenFrames, NegativeEmbeds, check_given, check_request
 from longlive.rollout.settings import CACHE_DTYPES, RolloutSettings
 from longlive.rollout.split import SplitNetwork
+from longlive.rollout.state import Past, RolloutState
+from longlive.rollout.switches import switches
 from longlive.typing import Float, Int, Latents, PerFrame, PromptEmbeds, Tensor
-
-
-@dataclass
-class RolloutState:
-    """A rollout between two chunks: all that the next one needs.
-
-    Attributes:
-        cache: keys and values of earlier chunks.
-        seed, sample_ids, step, purpose: name the noise.
-        latent_shape: (channels, height, width).
-        shot_index: per sample the shots so far.
-        next_chunk: index of the chunk to come.
-    """
-
-    cache: KeyValueCache
-    seed: int
-    sample_ids: tuple[int, ...]
-    latent_shape: tuple[int, int, int]
-    shot_index: list[list[int]] = field(default_factory=list)
-    next_chunk: int = 0
-    step: int = 0
-    purpose: str = "rollout"
 
 
 @dataclass(frozen=True)
@@ -130,6 +114,11 @@ class RolloutEngine:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def _branches(self) -> int:
+        """Rows of every call per sample: the conditional one, and under guidance the unconditional one."""
+        return 2 if self.settings.guided else 1
 
     def generate(
         self,
@@ -225,6 +214,7 @@ class RolloutEngine:
         step: int = 0,
         purpose: str = "rollout",
         retain: bool = False,
+        recaches: Collection[int] = (),
     ) -> RolloutState:
         """An empty cache. With a window it does for a video of any length, else for `max_chunks`.
 
@@ -233,6 +223,7 @@ class RolloutEngine:
             seed, sample_ids, step, purpose: name the noise.
             max_chunks: of the longest video.
             retain: whether backward may run earlier chunks again (`cache.py`).
+            recaches: see `RolloutState`.
 
         Raises:
             ValueError: if the latents do not fit the network.
@@ -241,8 +232,18 @@ class RolloutEngine:
         if channels != self.model.config.in_channels:
             raise ValueError(f"latents of {channels} channels: the network takes {self.model.config.in_channels}")
         cache = self._make_cache((height, width), len(sample_ids), max_chunks, self.device, retain)
-        shots: list[list[int]] = [[] for _ in sample_ids]
-        return RolloutState(cache, seed, tuple(sample_ids), latent_shape, shots, step=step, purpose=purpose)
+        return RolloutState(
+            cache,
+            Past.empty(len(sample_ids), latent_shape, self.device),
+            seed,
+            tuple(sample_ids),
+            latent_shape,
+            shot_index=[[] for _ in sample_ids],
+            prompts=[[] for _ in sample_ids],
+            step=step,
+            purpose=purpose,
+            recaches=recaches,
+        )
 
     def cache_bytes(self, latent_size: tuple[int, int], num_samples: int, max_chunks: int) -> int:
         """Bytes of this rank's KV cache of a rollout of so many samples; nothing is allocated.
@@ -266,7 +267,7 @@ class RolloutEngine:
         )
         return KeyValueCache(
             num_layers=config.num_layers,
-            batch_size=num_samples * (2 if settings.guided else 1),
+            batch_size=num_samples * self._branches,
             num_chunks=max_chunks,
             chunk_frames=settings.chunk_frames,
             patches=config.patches(*latent_size),
@@ -298,17 +299,32 @@ class RolloutEngine:
         negative_embeds: NegativeEmbeds | None = None,
     ) -> ChunkCondition:
         """Make room for the next chunk, with the prompt and shot of every sample in it."""
-        past = [row[: state.next_chunk] for row in state.shot_index]
-        state.shot_index = [[*row, shot] for row, shot in zip(past, shot_index, strict=True)]
-        branches = 2 if self.settings.guided else 1
-        view = state.cache.open(state.next_chunk, state.shot_index * branches)
+        state.enter(prompt_index.tolist(), shot_index, self.settings.rule)
         # Of a long list of prompts, a chunk needs the few that its samples follow.
         used, index = torch.unique(prompt_index.to(self.device), return_inverse=True)
         embeds = prompt_embeds.to(self.device)[used]
         if negative_embeds is not None:
             index = torch.cat([index, torch.full_like(index, len(used))])
             embeds = torch.cat([embeds, negative_embeds.to(embeds)])
+        self._recache(state, embeds, index[:, None])
+        view = state.cache.open(state.next_chunk, state.shot_index * self._branches)
         return ChunkCondition(view, embeds, index[:, None])
+
+    @torch.no_grad()
+    def _recache(self, state: RolloutState, embeds: PromptEmbeds, index: Int[Tensor, "rows 1"]) -> None:
+        """Write what the next chunk sees of its shot anew, of the samples whose prompt switches there."""
+        chunk, visible = state.next_chunk, state.past.chunks
+        rows = list(zip(state.prompts, state.shot_index, strict=True))
+        switching = [sample for sample, row in enumerate(rows) if switches(chunk, *row)]
+        if self.settings.prompt_switch == "keep" or not (switching or chunk in state.recaches):
+            return
+        for place in range(state.past.num_chunks):
+            samples = [s for s in switching if rows[s][1][visible[s][place]] == rows[s][1][chunk]]
+            seen = [row[: place + 1] for row in visible] * self._branches
+            view = state.cache.reopen(seen, state.shot_index * self._branches, samples)
+            latents = state.past.chunk(place)
+            timesteps = torch.zeros(latents.shape[:2], device=latents.device)
+            self._call(ChunkCondition(view, embeds, index), latents, timesteps, write=True)
 
     def velocity(self, condition: ChunkCondition, x: Latents, timesteps: PerFrame) -> Latents:
         """One denoise call: the velocity at `x`, guided if the settings say so, float32.
@@ -328,15 +344,15 @@ class RolloutEngine:
         with torch.no_grad():
             self._call(condition, latents, torch.zeros(latents.shape[:2], device=latents.device), write=True)
         condition.view.commit()
+        state.past = state.past.and_then(state.next_chunk, latents)
         state.next_chunk += 1
 
     def _call(
         self, condition: ChunkCondition, x: Latents, timesteps: PerFrame, write: bool
     ) -> Float[Tensor, "rows f c h w"]:
-        branches = len(condition.prompt_index) // len(x)
         velocity: Tensor = self.model(
-            latents=x.repeat(branches, 1, 1, 1, 1),
-            timesteps=timesteps.repeat(branches, 1),
+            latents=x.repeat(self._branches, 1, 1, 1, 1),
+            timesteps=timesteps.repeat(self._branches, 1),
             prompt_embeds=condition.prompt_embeds,
             prompt_index=condition.prompt_index,
             frame_positions=condition.view.frame_positions,

@@ -27,6 +27,8 @@ class RolloutSettings:
         shot_sink: whether the first chunk of the current shot stays visible too.
         relative_rope: count RoPE positions inside the visible list, so that they stay bounded in a video of any length.
         shot_rope_offset: frames by which a scene cut moves the RoPE position.
+        prompt_switch: what a new prompt within a shot does to the cache: `keep`, or `recache`: it is rebuilt from the
+            finished frames under the new prompt (`switches.py`), by a network call for each chunk that is visible.
         cache_dtype: what keys and values are stored in; None: the dtype of the network's parameters. `nvfp4` takes 0.28
             of the bytes of `bfloat16`, and time to unpack what every pass sees.
 
@@ -44,6 +46,7 @@ class RolloutSettings:
     shot_sink: bool = False
     relative_rope: bool = False
     shot_rope_offset: float = 0.0
+    prompt_switch: Literal["keep", "recache"] = "keep"
     cache_dtype: Literal["bfloat16", "float32", "nvfp4"] | None = None
 
     def __post_init__(self) -> None:
@@ -56,6 +59,8 @@ class RolloutSettings:
             raise ValueError(
                 f"guidance_scale={self.guidance_scale} is negative; use 1 for none, 3 to 5 for a base model"
             )
+        if self.prompt_switch not in ("keep", "recache"):
+            raise ValueError(f"prompt_switch={self.prompt_switch!r} is unknown; use keep or recache")
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
             raise ValueError(
                 f"cache_dtype={self.cache_dtype!r} is unknown; use one of {', '.join(CACHE_DTYPES)} or null"

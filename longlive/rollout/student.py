@@ -16,7 +16,7 @@ what the network is (an adapter) keeps that choice until backward is through.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,10 @@ import torch
 from longlive import rng
 from longlive.diffusion.path import x0_from_velocity
 from longlive.diffusion.solver import make_solver
-from longlive.rollout.engine import ChunkCondition, RolloutEngine, RolloutState, hold
+from longlive.rollout.engine import ChunkCondition, RolloutEngine, hold
 from longlive.rollout.request import GivenFrames, check_given
 from longlive.rollout.settings import RolloutSettings
+from longlive.rollout.state import RolloutState
 from longlive.typing import Int, Latents, PromptEmbeds, Tensor
 
 EXITS = ("rollout", "chunk")
@@ -83,9 +84,12 @@ class StudentRollout:
         max_chunks: int,
         step: int,
         purpose: str,
+        recaches: Collection[int] = (),
     ) -> RolloutState:
         """A rollout that has made nothing yet. Arguments and errors as `RolloutEngine.start`."""
-        return self.engine.start(latent_shape, seed, sample_ids, max_chunks, step=step, purpose=purpose, retain=True)
+        return self.engine.start(
+            latent_shape, seed, sample_ids, max_chunks, step=step, purpose=purpose, retain=True, recaches=recaches
+        )
 
     def exit_step(self, state: RolloutState, first_chunk: int) -> int:
         """Where the next chunk exits, in a clip that began at `first_chunk`."""
@@ -107,7 +111,7 @@ class StudentRollout:
 
         Args:
             state: from `start`, or where an earlier clip ended.
-            prompt_embeds: the distinct prompts.
+            prompt_embeds: the distinct prompts, the same ones in every clip.
             prompt_index: which of them every chunk follows.
             shot_index: shot of every chunk, counted from 0 in each sample.
             given: the first frames of the video, where the rollout is given them (image to video: one).
