@@ -29,13 +29,22 @@ class _Command:
     flags: tuple[str, ...] = ()
     """`--name` stands for the override `name=true`."""
 
+    directory_per_job: bool = False
+    """A job of a sweep writes to a folder of its own in `directory`, named by its values."""
+
 
 _COMMANDS = {
     "train": _Command(
-        "longlive.train", "train", "train a model: longlive train experiment=toyworld trainer.max_steps=100"
+        "longlive.train",
+        "train",
+        "train a model: longlive train experiment=toyworld trainer.max_steps=100",
+        directory_per_job=True,
     ),
     "generate": _Command(
-        "longlive.generate", "generate", "roll out videos: longlive generate checkpoint=... prompts=..."
+        "longlive.generate",
+        "generate",
+        "roll out videos: longlive generate checkpoint=... prompts=...",
+        directory_per_job=True,
     ),
     "export": _Command(
         "longlive.export", "export", "one file of a run's weights: longlive export checkpoint=... format=... output=..."
@@ -91,7 +100,9 @@ class _CommandLineError(Exception):
 def _run(name: str, command: _Command, arguments: list[str]) -> None:
     import hydra
     from hydra._internal.utils import get_args_parser
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import CompactHydraException
+    from hydra.types import RunMode
 
     from longlive import config as configuration
 
@@ -111,6 +122,9 @@ def _run(name: str, command: _Command, arguments: list[str]) -> None:
     def task(config: "DictConfig") -> Any:
         # Lightning's launcher starts its other ranks with this command line, so they must see it as it was given.
         sys.argv = command_line
+        job = HydraConfig.get()
+        if command.directory_per_job and job.mode is RunMode.MULTIRUN:
+            config.directory = job.runtime.output_dir
         function: Callable[[DictConfig], Any] = getattr(importlib.import_module(command.module), command.function)
         try:
             return function(config)
@@ -121,7 +135,12 @@ def _run(name: str, command: _Command, arguments: list[str]) -> None:
 
     # Hydra reads options only before the first override, and names the run after the override that comes last.
     options = [argument for argument in arguments if argument not in parsed.overrides]
-    sys.argv = [command_line[0], *options, f"hydra.job.name={name}", *parsed.overrides]
+    named = [
+        f"hydra.job.name={name}",
+        # Jobs of a sweep are named by what is swept.
+        f"hydra.job.config.override_dirname.exclude_keys={['directory', *configuration.fixed_keys(parsed.overrides)]}",
+    ]
+    sys.argv = [command_line[0], *options, *named, *parsed.overrides]
     try:
         hydra.main(str(configuration.config_directory()), name, version_base="1.3")(task)()
     finally:

@@ -21,7 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import CompactHydraException, InstantiationException, OverrideParseException
 from hydra.utils import get_object
 from hydra.utils import instantiate as hydra_instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import InterpolationToMissingValueError, ValidationError
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -57,6 +58,11 @@ def compose(name: str, overrides: Sequence[str] = (), extra_directory: str | Pat
         if key not in known:
             raise ValueError(f"unknown top-level key '{key}': {name}.yaml has none of that name{_nearest(key, known)}")
     return config
+
+
+def fixed_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys that have the same value in all jobs of a command line: those that are no sweep (`a=1,2`)."""
+    return [_key(override) for override in overrides if _first_of_sweep(override) == override]
 
 
 def check_complete(config: DictConfig) -> None:
@@ -127,8 +133,14 @@ def _compose(name: str, overrides: list[str], extra_directory: str | Path | None
     search_path = [f"hydra.searchpath=[{','.join(f'file://{directory}' for directory in others)}]"] if others else []
     with initialize_config_dir(config_dir=first, version_base="1.3"):
         try:
-            return hydra_compose(name, [*search_path, *overrides])
+            config = hydra_compose(name, [*search_path, *overrides], return_hydra_config=True)
+            _check_launcher(config.hydra.launcher)
+            with open_dict(config):
+                del config["hydra"]
+            return config
         except CompactHydraException as error:
+            if "Could not find 'hydra/launcher/submitit" in str(error):
+                raise ValueError("launcher=slurm needs an extra: pip install 'longlive[slurm]'") from error
             unknown = re.match(r"Could not override '([^'@]+)", str(error))
             if unknown is None:
                 raise ValueError(str(error)) from error
@@ -137,6 +149,17 @@ def _compose(name: str, overrides: list[str], extra_directory: str | Path | None
     config = _compose(name, [other for other in overrides if _key(other) != key], extra_directory)
     known = set(_dotted_keys(OmegaConf.to_container(config)))
     raise ValueError(f"unknown key '{key}': {name}.yaml has none of that name{_nearest(key, known)}")
+
+
+def _check_launcher(launcher: DictConfig) -> None:
+    """What jobs ask a cluster for follows from settings (`trainer.devices`) that may be of another type."""
+    for key in launcher:
+        try:
+            _ = launcher[key]
+        except ValidationError as error:
+            raise ValueError(f"hydra.launcher.{key!s}: {str(error).splitlines()[0]}") from error
+        except InterpolationToMissingValueError:
+            continue  # `check_complete` names what is missing
 
 
 def _key(override: str) -> str:

@@ -19,8 +19,9 @@ sys.exit(main())
 
 CONFIG = """
 seed: 0
+directory: run
 trainer: {max_steps: 10}
-hydra: {run: {dir: run}, sweep: {dir: sweep}}
+hydra: {run: {dir: run}, sweep: {dir: "${directory}", subdir: "${hydra.job.override_dirname}"}}
 """
 
 
@@ -110,6 +111,24 @@ def test_a_sweep_runs_one_job_per_value_and_options_may_stand_anywhere(project):
     done = longlive(*PROBE, "seed=1,2", "-m", cwd=project, body=body)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("job")] == ["job 1", "job 2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "directories"),
+    [
+        (("seed=1",), ["run"]),
+        (("-m", "seed=1"), ["run"]),
+        (("-m", "seed=1,2", "trainer.max_steps=3"), ["run/seed=1", "run/seed=2"]),
+        (("-m", "directory=a,b", "seed=range(1,3)"), ["a/seed=1", "a/seed=2", "b/seed=1", "b/seed=2"]),
+    ],
+)
+def test_every_job_of_a_sweep_has_a_directory_of_its_own(project, overrides, directories):
+    """The second job would continue from the first one's checkpoint, and train nothing; side by side, both would write
+    to one folder."""
+    done = longlive(*PROBE, *overrides, cwd=project, body="def train(config):\n    print('in', config.directory)\n")
+    assert done.returncode == 0, done.stderr
+    found = [line.removeprefix("in ") for line in done.stdout.splitlines() if line.startswith("in ")]
+    assert [str((project / each).relative_to(project)) for each in found] == directories
 
 
 def test_an_unknown_key_is_one_message_and_nothing_is_started(project):
