@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from longlive.data.order import PositionBatches, epoch_order
 from longlive.data.prompts import StoryPrompt
+from longlive.data.sample import ReadsWindows
 from longlive.data.shots import SCENE_CUT_PHRASE
 from longlive.typing import Int, Tensor
 
@@ -106,12 +107,19 @@ class PromptDataModule(LightningDataModule):
                 f"num_frames={num_frames} is no positive multiple of chunk_frames={chunk_frames}; use {lower} or "
                 f"{lower + chunk_frames}"
             )
-        self.height, self.width, self.fps, self.batch_size = height, width, fps, batch_size
+        self.num_frames, self.height, self.width, self.fps = num_frames, height, width, fps
+        self.batch_size = batch_size
         stories = [p if isinstance(p, StoryPrompt) else StoryPrompt(p, (p,)) for p in prompts]
         fitted = [story.over(num_frames // chunk_frames) for story in stories]
         self.dataset = PromptDataset(fitted, scene_cut_phrase, seed)
         self._consumed_at_start = 0
         self._batches_at_start = 0
+
+    def setup(self, stage: str) -> None:
+        """Refuse a length that the ranks of the module cannot share, before a network is built."""
+        module: object = None if self.trainer is None else self.trainer.lightning_module
+        if isinstance(module, ReadsWindows):
+            module.clip_window(self.num_frames)
 
     def data_parallel(self) -> tuple[int, int]:
         """This process's data rank, and the number of data ranks."""

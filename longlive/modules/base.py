@@ -140,6 +140,7 @@ class LongLiveModule(LightningModule):
         finds nothing to do."""
         if self.network is not None:
             return
+        self.check_sequence()
         with torch.device("meta"):
             network = CausalWan(self.model_config)
             self.add_adapters(network)
@@ -197,16 +198,20 @@ class LongLiveModule(LightningModule):
         strategy = self._trainer.strategy if self._trainer is not None else None
         return strategy.sequence if isinstance(strategy, ShardedStrategy) else ALONE
 
+    def check_sequence(self) -> None:
+        """Raise the `ValueError` for a number of sequence ranks, or a way of splitting, that this stage cannot have."""
+        check_heads(self.model_config.num_heads, self.sequence.size)
+
     def clip_window(self, num_frames: int) -> ClipWindow | None:
         """The raw frames of a clip of `num_frames` that this process reads; None: all of them.
 
         Raises:
-            ValueError: if the sequence ranks do not divide the clip or the attention heads.
+            ValueError: if the sequence ranks do not divide the clip, or what a stage shares among them.
         """
         sequence = self.sequence
         if sequence.size == 1:
             return None
-        check_heads(self.model_config.num_heads, sequence.size)
+        self.check_sequence()
         frames = self.frames(num_frames // self.chunk_frames)
         if len(frames) == num_frames:
             return None

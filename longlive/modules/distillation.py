@@ -63,7 +63,7 @@ class Conditions:
         sample_ids: name the draws.
         latent_shape: (channels, height, width).
         given: first frames of the videos; None: none are given.
-        counts: which samples carry loss; None: all of them.
+        counts: which samples carry loss: those that all ranks of the sequence group read alike.
     """
 
     prompt_embeds: PromptEmbeds
@@ -72,7 +72,7 @@ class Conditions:
     sample_ids: tuple[int, ...]
     latent_shape: tuple[int, int, int]
     given: Latents | None
-    counts: Bool[Tensor, " b"] | None = None
+    counts: Bool[Tensor, " b"]
 
 
 class DistillationModule(LongLiveModule):
@@ -140,12 +140,8 @@ class DistillationModule(LongLiveModule):
         self.given_frames = given_frames
         self.max_gradient_norm = max_gradient_norm
 
-    def add_adapters(self, network: CausalWan) -> None:
-        """The student's and the critic's, the only ones that learn.
-
-        Raises:
-            ValueError: under a strategy whose ranks cannot share a rollout, or have no targets to score.
-        """
+    def check_sequence(self) -> None:
+        """Raise the `ValueError` for ranks that cannot share a rollout, or that have no targets to score."""
         size = self.sequence.size
         check_rollout(self.chunk_frames, self.model_config.num_heads, size)
         if not all(self.sequence.layout(size).of_role(rank, Role.NOISY) for rank in range(size)):
@@ -153,6 +149,9 @@ class DistillationModule(LongLiveModule):
                 f"sequence_parallel_size={size}: this strategy gives some ranks clean chunks alone, and a step of "
                 "distillation is learned from noisy ones on every rank; use strategy=balanced_sp"
             )
+
+    def add_adapters(self, network: CausalWan) -> None:
+        """The student's and the critic's, the only ones that learn."""
         for name, settings in self.lora.items():
             add_adapter(network, name, settings)
         train_only(network, list(self.lora))
@@ -318,15 +317,14 @@ class DistillationModule(LongLiveModule):
             ValueError: if frames are to be given, and the batch has none.
         """
         prompt_embeds, prompt_index = self.embed(batch.prompts)
-        codec, given, counts = self.codec, None, None
+        codec, given, counts = self.codec, None, torch.ones(batch.batch_size, dtype=torch.bool)
         if isinstance(batch, VideoBatch):
             latents = self.encode(batch)
             shape = (latents.shape[2], latents.shape[3], latents.shape[4])
             given = latents[:, : self.given_frames] if self.given_frames else None
-            if self.sequence.group is not None:
-                # The first rank has the first frames. Of samples that the others read differently nothing is learned.
-                given = None if given is None else gather_parts(given, self.sequence.group)[0]
-                counts = self.agreed(batch).to(self.device)
+            if given is not None and self.sequence.group is not None:
+                given = gather_parts(given, self.sequence.group)[0]  # the first rank has the first frames
+            counts = self.agreed(batch)
         elif self.given_frames:
             raise ValueError(f"given_frames={self.given_frames}, but the batch holds prompts alone; train on clips")
         else:
@@ -356,10 +354,8 @@ class DistillationModule(LongLiveModule):
 
     def counted(self, conditions: Conditions) -> CountedFrames:
         """Which frames here carry loss: those that were not given, of samples that count."""
-        frames = (self.pieces(conditions).frames(Role.NOISY) >= self.given_frames).to(self.device)
-        frames = frames.expand(len(conditions.sample_ids), -1)
-        if conditions.counts is not None:
-            frames = frames & conditions.counts[:, None]
+        frames = self.pieces(conditions).frames(Role.NOISY) >= self.given_frames
+        frames = (frames & conditions.counts[:, None]).to(self.device)
         world_size = self.trainer.world_size if self._trainer is not None else 1
         return CountedFrames(frames, self.sum_over_ranks(frames.sum().float()), world_size)
 

@@ -1,32 +1,58 @@
-"""Data ranks under FSDP, with activations recomputed: one rank and two learn the same, also from a checkpoint that the
-other wrote."""
+"""Data ranks under FSDP and sequence ranks under Balanced SP, with activations recomputed: all learn what one rank
+learns, also from a checkpoint that others wrote."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 
 from helpers.distributed import run_on_ranks
 from helpers.runs import assert_same, fit, tiny_module
 from longlive.adapters.lora import LoRASettings
+from longlive.data.batch import BatchSpec, VideoBatch
 from longlive.data.prompt_batches import PromptBatch
+from longlive.models.wan.config import WanConfig
 from longlive.modules.distillation import DistillationModule
 from longlive.parallel.fsdp import ShardingOptions
+from longlive.parallel.layout import MakeLayout, balanced_layout, contiguous_layout
 from longlive.parallel.materialise import local_part
-from longlive.parallel.strategy import ShardedStrategy
+from longlive.parallel.mesh import SequenceShare
+from longlive.parallel.strategy import BalancedSPStrategy
 from longlive.rollout.settings import RolloutSettings
 from longlive.typing import Tensor
 
-PROMPTS = (("red", "red", "blue"), ("green", "grey", "grey"))
-SHOTS = torch.tensor([[0, 0, 1], [0, 1, 1]])
-STEPS, HALF = 4, 1
-"""The student learns in the steps 0 and 3: a checkpoint after one is in the middle of a cycle."""
+SHOTS = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 2]])
+PROMPTS = tuple(tuple(f"a {('red', 'blue', 'green')[shot]} circle" for shot in row) for row in SHOTS.tolist())
+SPEC = BatchSpec(batch_size=2, num_frames=16, chunk_frames=4, channels=16, height=4, width=4)
+STEPS, HALF = 3, 1
+MESHES = {"1 x 1": (1, 1), "1 x 2": (1, 2), "1 x 4": (1, 4), "2 x 2": (2, 2)}
+"""Data ranks x sequence ranks."""
+
+KINDS: dict[str, dict[str, Any]] = {
+    "prompts": {
+        "student_every": 2,
+        "exit_per": "chunk",
+        "rollout": RolloutSettings(chunk_frames=4, num_steps=2, window=8, shot_rope_offset=4.0),
+    },
+    "clips": {
+        "student_every": 1,
+        "given_frames": 1,
+        "timestep_per_chunk": True,
+        "rollout": RolloutSettings(
+            chunk_frames=4, num_steps=2, window=12, sink_frames=4, shot_sink=True, relative_rope=True
+        ),
+    },
+}
+"""Of prompts, the student learns in the steps 0 and 2: a checkpoint after one is in the middle of a cycle."""
 
 
 class Noisy(DistillationModule):
@@ -45,76 +71,197 @@ class Noisy(DistillationModule):
                     part.add_(drawn[where])
 
 
-def module() -> DistillationModule:
+def make_module(kind: str, module_class: type[DistillationModule] = Noisy, **changes: Any) -> DistillationModule:
+    """Four heads, for four ranks."""
     settings: dict[str, Any] = {
+        "model": WanConfig.tiny(num_layers=1, dim=32, ffn_dim=32, num_heads=4),
         # Momentum: a state to keep, and steps that grow with their gradients, as Adam's do not.
         "optimizer": partial(SGD, lr=0.2, momentum=0.5),
         "critic_optimizer": partial(SGD, lr=0.2, momentum=0.5),
         "lora": LoRASettings(rank=4, alpha=4),
-        "rollout": RolloutSettings(chunk_frames=4, num_steps=2, window=8),
-        "student_every": 3,
-        "exit_per": "chunk",
         "max_gradient_norm": 0.2,
     }
-    made: Any = tiny_module(Noisy, **settings)  # type: ignore[arg-type]
+    made: Any = tiny_module(module_class, **settings | KINDS[kind] | changes)  # type: ignore[arg-type]
     return made
 
 
-def batch(number: int, rank: int, size: int) -> PromptBatch:
+def make_batch(kind: str, number: int, data_rank: int = 0, data_size: int = 1) -> Any:
     """A data rank's samples."""
-    mine = slice(rank * 2 // size, (rank + 1) * 2 // size)
-    ids = torch.tensor([2 * number, 2 * number + 1])
-    return PromptBatch(PROMPTS[mine], SHOTS[mine], ids[mine], height=32, width=32)
-
-
-def learned(first: int, last: int, start: Path | None = None, save: Path | None = None) -> dict[str, Tensor]:
-    """The adapters after the steps `first .. last - 1`, whole."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    trained = module()
-    trainer = fit(
-        trained,
-        [batch(number, rank, size) for number in range(first, last)],
-        strategy=ShardedStrategy(sharding=ShardingOptions(activation_checkpointing=True)),
-        devices=size,
-        max_steps=last,
-        max_epochs=5,
-        checkpoint=start,
+    mine = slice(data_rank * 2 // data_size, (data_rank + 1) * 2 // data_size)
+    ids = torch.tensor([41, 7]) + 50 * number
+    if kind == "prompts":
+        return PromptBatch(PROMPTS[mine], SHOTS[mine], ids[mine], height=32, width=32)
+    clips = VideoBatch.fake(SPEC, seed=number)
+    assert clips.latents is not None
+    return replace(
+        clips,
+        latents=clips.latents[mine],
+        shot_index=SHOTS[mine],
+        prompts=PROMPTS[mine],
+        num_valid_frames=clips.num_valid_frames[mine],
+        sample_ids=ids[mine],
     )
-    assert trainer.global_step == last
-    if save is not None:
-        trainer.save_checkpoint(save)
-    return {
-        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
-        for name, parameter in trained.named_parameters()
-        if parameter.requires_grad
-    }
 
 
-def test_two_data_ranks_learn_what_one_does_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
-    """Catches means over one rank's frames, draws by rank, exits that differ (which would hang), and recomputation with
-    another adapter or a later cache."""
-    alone = module()
-    fit(alone, [batch(number, 0, 1) for number in range(STEPS)])
-    expected = {name: p.detach() for name, p in alone.named_parameters() if p.requires_grad}
-    start = {name: p.detach() for name, p in started().items()}
-    whole, other = run_on_ranks(learned, 2, 0, STEPS)
-    assert_same(other, whole)
-    moved = max(float((expected[name] - start[name]).abs().max()) for name in start)
+@dataclass
+class Seen:
+    """What a process saw of a run: of every step both losses (means over the ranks), both gradient norms, and the
+    critic's loss by chunk; at its end the adapters, whole."""
+
+    values: list[dict[str, float]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Record(Callback):
+    """Fills a `Seen`, and saves at half of the run."""
+
+    def __init__(self, save: Path | None) -> None:
+        self.seen = Seen()
+        self.save = save
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, DistillationModule)
+        names = [name for name in outputs["values"] if name.endswith(("loss", "gradient_norm", "error"))]
+        means = pl_module.sum_over_ranks(torch.tensor([outputs["values"][name] for name in names]).double())
+        values = dict(zip(names, (means / trainer.world_size).tolist(), strict=True))
+        by_chunk = torch.zeros(4, dtype=torch.float64)
+        errors = (outputs["frame_errors"] * outputs["scored"]).sum(dim=0).double()
+        by_chunk.index_add_(0, (outputs["clip_position"] * 4).long(), errors)
+        by_chunk = pl_module.sum_over_ranks(by_chunk)
+        self.seen.values.append(values | {f"chunk_{number}": float(error) for number, error in enumerate(by_chunk)})
+        if self.save is not None and trainer.global_step == HALF:
+            trainer.save_checkpoint(self.save)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, parameter in pl_module.named_parameters():
+            if parameter.requires_grad:
+                whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                self.seen.weights[name] = whole.detach().clone()
+
+
+def learn(kind: str, mesh: str = "1 x 1", save: Path | None = None, start: Path | None = None) -> Seen:
+    """The run, or what is left of it after a checkpoint, as this rank sees it."""
+    data_size, sequence_size = MESHES[mesh]
+    world, data_rank, strategy = data_size * sequence_size, 0, {}
+    if "RANK" in os.environ:  # one rank reads a sharded checkpoint in a sharded run
+        data_rank = int(os.environ["RANK"]) // sequence_size
+        sharding = ShardingOptions(activation_checkpointing=True)
+        strategy = {"strategy": BalancedSPStrategy(sequence_size, sharding=sharding), "devices": world}
+    record = Record(save)
+    batches = [make_batch(kind, number, data_rank, data_size) for number in range(HALF if start else 0, STEPS)]
+    fit(make_module(kind), batches, [record], checkpoint=start, max_steps=STEPS, max_epochs=5, **strategy)  # type: ignore[arg-type]
+    return record.seen
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Seen]:
+    """By kind and mesh: whole runs, and of prompts those that went on from the checkpoint of two: `1 x 2 > mesh`."""
+    saved = tmp_path_factory.mktemp("checkpoints") / "half.ckpt"
+
+    def several(*wanted: tuple[str, str, Path | None, Path | None]) -> list[Seen]:
+        return [learn(*run) for run in wanted]
+
+    def on_ranks(world: int, *wanted: tuple[str, str, Path | None, Path | None]) -> list[Seen]:
+        """What all ranks saw alike."""
+        first, *others = run_on_ranks(partial(several, *wanted), world, init_process_group=False)
+        for rank in others:
+            for ours, theirs in zip(rank, first, strict=True):
+                assert ours.values == theirs.values
+                assert_same(ours.weights, theirs.weights)
+        return first
+
+    found = {(kind, "1 x 1"): learn(kind) for kind in KINDS}
+    found["clips", "1 x 2"], found["prompts", "1 x 2"], found["prompts", "1 x 2 > 1 x 2"] = on_ranks(
+        2, ("clips", "1 x 2", None, None), ("prompts", "1 x 2", saved, None), ("prompts", "1 x 2", None, saved)
+    )
+    found["clips", "1 x 4"], found["prompts", "1 x 2 > 2 x 2"] = on_ranks(
+        4, ("clips", "1 x 4", None, None), ("prompts", "2 x 2", None, saved)
+    )
+    (found["prompts", "1 x 2 > 1 x 1"],) = on_ranks(1, ("prompts", "1 x 1", None, saved))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "mesh"), [("prompts", "1 x 2"), ("clips", "1 x 2"), ("clips", "1 x 4")])
+def test_sequence_ranks_learn_what_one_rank_does(runs: dict[tuple[str, str], Seen], kind: str, mesh: str) -> None:
+    """Catches means over one rank's frames, exits that differ (which would hang), gradients that stay on the rank of
+    the loss, and recomputation with another adapter or a later cache."""
+    expected, found = runs[kind, "1 x 1"], runs[kind, mesh]
+    assert len(expected.values) == STEPS
+    student_steps = [number for number, values in enumerate(expected.values) if "student/loss" in values]
+    assert student_steps == list(range(0, STEPS, KINDS[kind]["student_every"]))
+    for ours, theirs in zip(found.values, expected.values, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    begun = make_module(kind)
+    begun.configure_model()
+    start = {name: parameter.detach() for name, parameter in begun.named_parameters() if parameter.requires_grad}
+    moved = max(float((expected.weights[name] - start[name]).abs().max()) for name in start)
     assert moved > 1e-2
-    for name, weight in expected.items():
-        torch.testing.assert_close(whole[name], weight, atol=1e-5 * moved, rtol=1e-5)
-
-    (half, _), saved = run_on_ranks(learned, 2, 0, HALF, None, tmp_path / "half.ckpt"), tmp_path / "half.ckpt"
-    assert half.keys() == expected.keys()
-    resumed, _ = run_on_ranks(learned, 2, HALF, STEPS, saved)
-    assert_same(resumed, whole)
-    (elsewhere,) = run_on_ranks(learned, 1, HALF, STEPS, saved)
-    for name, weight in expected.items():
-        torch.testing.assert_close(elsewhere[name], weight, atol=1e-5 * moved, rtol=1e-5)
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, atol=1e-5 * moved, rtol=1e-5)
 
 
-def started() -> dict[str, Tensor]:
-    """The adapters before the first step."""
-    made = module()
-    made.configure_model()
-    return {name: p for name, p in made.named_parameters() if p.requires_grad}
+def test_a_run_resumed_in_a_cycle_on_the_same_ranks_goes_on_bit_for_bit(runs: dict[tuple[str, str], Seen]) -> None:
+    whole, resumed = runs["prompts", "1 x 2"], runs["prompts", "1 x 2 > 1 x 2"]
+    assert resumed.values == whole.values[HALF:]
+    assert_same(resumed.weights, whole.weights)
+
+
+@pytest.mark.parametrize("mesh", ["1 x 1", "2 x 2"])
+def test_a_run_resumed_on_other_ranks_goes_on_as_on_one(runs: dict[tuple[str, str], Seen], mesh: str) -> None:
+    """Of 2 x 2 every data rank has one of the two samples: catches draws by rank, too."""
+    whole, resumed = runs["prompts", "1 x 1"], runs["prompts", f"1 x 2 > {mesh}"]
+    for ours, theirs in zip(resumed.values, whole.values[HALF:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    for name, weight in whole.weights.items():
+        torch.testing.assert_close(resumed.weights[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_of_a_clip_that_ranks_read_differently_nothing_is_learned() -> None:
+    """One was unreadable in the part of one rank, which took the next: their rollout is neither's."""
+
+    class Disagreeing(Noisy):
+        def agreed(self, batch: VideoBatch) -> Tensor:
+            return batch.sample_ids != 7
+
+    found = []
+    for kind, samples in ((Disagreeing, slice(2)), (Noisy, slice(1))):
+        module, clips = make_module("clips", kind), make_batch("clips", 0)
+        batch = replace(
+            clips, **{name: getattr(clips, name)[samples] for name in
+                      ("latents", "shot_index", "prompts", "num_valid_frames", "sample_ids")}
+        )  # fmt: skip
+        module.configure_model()
+        conditions = module.conditions(batch)
+        rollout = module.roll_out("student", conditions, 0).latents
+        losses = [module.loss(role, rollout, conditions, 0).loss for role in ("student", "critic")]
+        found.append([float(loss.detach()) for loss in losses])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "layout", "message"),
+    [
+        (6, 3, balanced_layout, "size=3 does not divide both chunk_frames=4 and model.num_heads=6; use 1 or 2: "),
+        (
+            4,
+            2,
+            contiguous_layout,
+            "gives some ranks clean chunks alone.*use strategy=balanced_sp",
+        ),
+    ],
+    ids=["three ranks", "contiguous"],
+)
+def test_ranks_that_cannot_share_a_step_are_refused(heads: int, size: int, layout: MakeLayout, message: str) -> None:
+    """When the data is set up, and where it does not ask, before a network is built."""
+
+    class Split(DistillationModule):
+        sequence = SequenceShare(0, size, None, layout)  # type: ignore[assignment]
+
+    module = make_module("prompts", Split, model=WanConfig.tiny(num_layers=1, dim=48, ffn_dim=32, num_heads=heads))
+    with pytest.raises(ValueError, match=message):
+        module.clip_window(16)
+    with pytest.raises(ValueError, match=message):
+        module.configure_model()
+    assert module.network is None

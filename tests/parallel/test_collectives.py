@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from helpers.distributed import run_on_ranks
-from longlive.parallel.collectives import all_to_all, gather_sequence, scatter_sequence
+from longlive.parallel.collectives import all_to_all, gather_parts, gather_sequence, scatter_sequence
 from longlive.parallel.mesh import DATA, SEQUENCE, make_mesh
 from longlive.typing import Tensor
 
@@ -49,6 +49,22 @@ def test_tokens_and_heads_change_places_and_come_back_and_so_do_gradients(world:
         assert torch.equal(inputs[1].grad, (clip[0] * weight)[:, mine])
 
     run_on_ranks(run, world)
+
+
+def test_everybody_gets_all_parts_and_a_part_the_gradients_of_all() -> None:
+    """Each rank weighs the parts otherwise: the gradient of its own is no multiple of what it made of it itself."""
+
+    def run() -> None:
+        assert dist.group.WORLD is not None
+        rank = dist.get_rank()
+        part = whole(rank).requires_grad_()
+        parts = gather_parts(part, dist.group.WORLD)
+        assert torch.equal(parts, torch.stack([whole(0), whole(1)]))
+        ((parts[0] + 3 * parts[1]) * (10 + rank)).sum().backward()
+        assert part.grad is not None
+        assert (part.grad == (1, 3)[rank] * 21).all()
+
+    run_on_ranks(run, 2)
 
 
 def test_one_part_for_every_rank_is_asked_for() -> None:

@@ -8,6 +8,7 @@ from longlive.parallel.layout import (
     SequenceLayout,
     balanced_layout,
     check_heads,
+    check_rollout,
     check_world,
     contiguous_layout,
     name_divisors,
@@ -97,6 +98,10 @@ def test_what_does_not_divide_is_refused_with_the_sizes_that_do() -> None:
         contiguous_layout(6, 5)
     with pytest.raises(ValueError, match=r"size=3 does not divide model\.num_heads=4; use 1, 2 or 4: every rank"):
         check_heads(4, 3)
+    with pytest.raises(ValueError, match=r"size=3 does not divide both chunk_frames=4 and .*=6; use 1 or 2: in a roll"):
+        check_rollout(4, 6, 3)
+    with pytest.raises(ValueError, match=r"size=4 does not divide both chunk_frames=4 and .*=6; use 1 or 2: in a roll"):
+        check_rollout(4, 6, 4)
     with pytest.raises(ValueError, match="size=3 does not divide the 8 processes of this run; use 1, 2, 4 or 8"):
         check_world(8, 3)
     assert name_divisors(1) == "1"
