@@ -123,10 +123,13 @@ def initialise(trainer: Trainer, module: LongLiveModule, checkpoint: Path) -> No
     if isinstance(trainer.strategy, ShardedStrategy):
         trainer.callbacks.insert(0, InitialWeights(checkpoint))  # type: ignore[attr-defined]
         return
+    module.trainer = trainer  # the network's precision is the run's
     module.configure_model()
-    weights = module.weights_of(averaged_weights(load_checkpoint(checkpoint)))
-    check_same_shapes(module.state_dict(), weights)
-    module.load_state_dict(weights)
+    stored = load_checkpoint(checkpoint)
+    with module.room_for(stored):
+        weights = module.weights_of(averaged_weights(stored))
+        check_same_shapes(module.state_dict(), weights)
+        module.load_state_dict(weights)
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

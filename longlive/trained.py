@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from longlive.adapters.exported import SUFFIX, Packing, load_network, read_description
 from longlive.adapters.lora_files import LoRAFormat, find_adapter, load_adapter, run_of_adapter
 from longlive.callbacks.ema import averaged_weights
 from longlive.config import instantiate
 from longlive.modules.base import LongLiveModule
+from longlive.modules.roles import with_weights
 from longlive.parallel.checkpoint import (
     check_same_shapes,
     find_checkpoint,
     load_weights_and_config,
-    with_frozen,
 )
 
 LORA = "lora"
@@ -64,9 +64,7 @@ def load_trained(location: str | Path) -> Trained:
     exported = read_description(path)
     if exported.format == LoRAFormat.name:
         raise ValueError(f"{path} holds a LoRA, not a network: give its base as checkpoint=, and this as lora={path}")
-    config = OmegaConf.create(exported.config)
-    config.module.weights = None
-    module: LongLiveModule = instantiate(config.module)
+    module: LongLiveModule = instantiate(_in_one_precision(exported.config, weights=None))
     module.hold(load_network(exported, module.model_config))
     return Trained(path, module.eval(), exported.config, exported.step, exported.packing)
 
@@ -120,13 +118,22 @@ def load_module(checkpoint: Mapping[str, Any], path: Path) -> LongLiveModule:
         raise ValueError(
             f"{path} holds no config, so it does not say what network it is; it was not written by `longlive train`"
         )
-    config = OmegaConf.create(checkpoint["config"])
-    weights = averaged_weights(checkpoint)
-    if not checkpoint.get("trainable_only"):
-        config.module.weights = None
-    module: LongLiveModule = instantiate(config.module)
+    has_all = not checkpoint.get("trainable_only")
+    module: LongLiveModule = instantiate(
+        _in_one_precision(checkpoint["config"], **{"weights": None} if has_all else {})
+    )
     module.configure_model()
-    weights = with_frozen(module, weights)
+    weights = module.weights_of(with_weights(averaged_weights(checkpoint), checkpoint.get("bases", {})))
     check_same_shapes(module.state_dict(), weights)
     module.load_state_dict(weights)
     return module.eval()
+
+
+def _in_one_precision(config: Mapping[str, Any], **changes: Any) -> DictConfig:
+    """A run's module, with one network for all its roles: in which precision they were trained is no part of it."""
+    module = OmegaConf.create(dict(config)).module
+    if "role_precision" in module:
+        changes["role_precision"] = None
+    for name, value in changes.items():
+        module[name] = value
+    return module

@@ -16,6 +16,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from longlive.callbacks.ema import averaged_weights
 from longlive.modules.base import LongLiveModule
+from longlive.parallel.checkpoint import existing
+from longlive.parallel.checkpoint_directory import read_tree
 from longlive.parallel.strategy import ShardedStrategy
 from longlive.typing import Tensor
 
@@ -37,8 +39,13 @@ class InitialWeights(Callback):
         strategy = trainer.strategy
         assert isinstance(strategy, ShardedStrategy)
 
-        def weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-            stored = averaged_weights(checkpoint)
-            return pl_module.weights_of(stored) if isinstance(pl_module, LongLiveModule) else stored
+        if not isinstance(pl_module, LongLiveModule):
+            strategy.checkpoints.load_weights(strategy, self.checkpoint, averaged_weights)
+            return
+        ours = pl_module
 
-        strategy.checkpoints.load_weights(strategy, self.checkpoint, weights)
+        def weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+            return ours.weights_of(averaged_weights(checkpoint))
+
+        with ours.room_for(read_tree(existing(self.checkpoint))):
+            strategy.checkpoints.load_weights(strategy, self.checkpoint, weights)

@@ -1,8 +1,8 @@
 """What every training stage shares: a causal network, a codec, a text encoder, an optimizer, and in which order they
 are built.
 
-`configure_model` is the one place where a network comes into being. Its body is the order of the steps; a stage that
-adds one (adapters, sharding) adds it there.
+`build` is the one place where a network comes into being. Its body is the order of the steps; a stage that adds one
+adds it there, and one that has several networks builds each of them so.
 
 Codec and text encoder are frozen and not part of the module's state: no optimizer, no average and no checkpoint sees
 them.
@@ -11,16 +11,19 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from longlive.adapters.adapted import AdaptedNetwork
+from longlive.adapters.lora import LoRASettings, add_adapter, initialise_adapter, train_only
 from longlive.codecs.base import VideoCodec
 from longlive.data.batch import VideoBatch
 from longlive.data.sample import ClipWindow
@@ -34,6 +37,8 @@ from longlive.parallel.layout import check_heads
 from longlive.parallel.materialise import materialise
 from longlive.parallel.mesh import ALONE, SequenceShare
 from longlive.parallel.strategy import ShardedStrategy
+from longlive.precision.frozen import freeze
+from longlive.precision.plugin import LinearPrecision
 from longlive.rollout.engine import RolloutEngine, RolloutSettings
 from longlive.text.base import TextEncoder
 from longlive.text.cache import unique_prompts
@@ -67,8 +72,6 @@ class LongLiveModule(LightningModule):
     """
 
     network: CausalWan | None
-    rollout_adapter: ClassVar[str | None] = None
-    """Of those that `add_adapters` adds, the one that a rollout multiplies by."""
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class LongLiveModule(LightningModule):
         self.network = None
         self.adapter: str | None = None
         """The adapter that a rollout multiplies by; None: the network alone."""
+        self.precision_of_network: Precision | str | None = None
 
     @property
     def codec(self) -> VideoCodec:
@@ -136,40 +140,53 @@ class LongLiveModule(LightningModule):
         return self._frozen[1]
 
     def configure_model(self) -> None:
-        """Build the network: on meta -> adapters -> precision -> shard -> weights. Called again for validation, it
-        finds nothing to do."""
-        if self.network is not None:
-            return
-        self.check_sequence()
-        with torch.device("meta"):
-            network = CausalWan(self.model_config)
-            self.add_adapters(network)
+        """Build the network. Called again for validation, it finds nothing to do."""
+        if self.network is None:
+            self.check_sequence()
+            self.hold(self.build())
+
+    def build(
+        self, precision: Precision | str | None = None, adapters: Mapping[str, LoRASettings] | None = None
+    ) -> CausalWan:
+        """A network: on meta -> adapters -> precision -> shard -> weights.
+
+        Args:
+            precision: its own; None: the run's.
+            adapters: all of it that learns, by name; None: the network itself learns.
+        """
+        network = on_meta(self.model_config, self.precision_of_run if precision is None else precision, adapters)
         device: torch.device | str = "cpu"
-        if self._trainer is not None:
-            # Lightning calls this after configure_model again, and finds nothing left to convert.
-            network = self.trainer.precision_plugin.convert_module(network)  # type: ignore[assignment]
-            strategy = self.trainer.strategy
-            if isinstance(strategy, ShardedStrategy):
-                network, device = strategy.shard(network), strategy.root_device
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            network, device = strategy.shard(network), strategy.root_device
         materialise(network, device, self.weights, self.seed)
-        self.initialise_adapters(network)
-        self.hold(network, self.rollout_adapter)
+        for name in adapters or ():
+            initialise_adapter(network, name, self.seed)
+        return network
 
-    def add_adapters(self, network: CausalWan) -> None:
-        """What a stage adds to the network while it is on meta; here nothing."""
+    @property
+    def precision_of_run(self) -> Precision | str | None:
+        """The plugin, or Lightning's name; None: there is no Trainer yet."""
+        if self._trainer is None:
+            return None
+        plugin = self._trainer.precision_plugin
+        return plugin if isinstance(plugin, LinearPrecision) else str(plugin.precision)
 
-    def initialise_adapters(self, network: CausalWan) -> None:
-        """The weights of what `add_adapters` added, once it has memory."""
+    def networks_of_run(self) -> Sequence[nn.Module]:
+        """Those that have the run's precision."""
+        return [self.trained_network]
 
-    def hold(self, network: CausalWan, adapter: str | None = None) -> None:
+    def hold(self, network: CausalWan, adapter: str | None = None, precision: Precision | str | None = None) -> None:
         """Take a network: the one that `configure_model` built, or in its place a finished one from elsewhere.
 
         Args:
             network: of this module's sizes.
             adapter: of it, that a rollout multiplies by.
+            precision: its own; None: the run's.
         """
         self.network = network
         self.adapter = adapter
+        self.precision_of_network = precision
 
     @property
     def trained_network(self) -> CausalWan:
@@ -278,6 +295,10 @@ class LongLiveModule(LightningModule):
         sequence = ALONE if settings.chunk_frames % self.sequence.size else self.sequence
         return RolloutEngine(rolled_out, settings, self.schedule, sequence)
 
+    def room_for(self, checkpoint: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """In which the weights of another run's checkpoint are loaded."""
+        return nullcontext()
+
     def weights_of(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This module's weights as another run stored them: its own frozen ones where it stored none."""
         return with_frozen(self, stored)
@@ -297,6 +318,25 @@ class LongLiveModule(LightningModule):
         if "state_dict" in checkpoint:  # a sharded strategy has checked and loaded the weights itself
             checkpoint["state_dict"] = with_frozen(self, checkpoint["state_dict"])
             check_same_shapes(self.state_dict(), checkpoint["state_dict"])
+
+
+def on_meta(
+    model: WanConfig, precision: Precision | str | None = None, adapters: Mapping[str, LoRASettings] | None = None
+) -> CausalWan:
+    """A network before it has memory; arguments as `LongLiveModule.build`. With adapters it is frozen, and holds no
+    more than its precision reads."""
+    with torch.device("meta"):
+        network = CausalWan(model)
+        if adapters is not None:
+            for name, settings in adapters.items():
+                add_adapter(network, name, settings)
+            train_only(network, list(adapters))
+    if isinstance(precision, Precision):
+        # Lightning calls this after configure_model again, and finds nothing left to convert.
+        network = precision.convert_module(network)  # type: ignore[assignment]
+    if adapters is not None:
+        freeze(network, precision)
+    return network
 
 
 def codec_device(codec: VideoCodec) -> torch.device:

@@ -1,7 +1,7 @@
 """Stage 2: distil a many-step network into a few-step one (`objectives.dmd`), as LoRA.
 
-Three roles share one frozen network, the one of stage 1: the *teacher* is the network itself, the *student* and the
-*critic* are it with an adapter each (`adapters.lora`), and the adapters are all that learns.
+Student, teacher and critic stand on the frozen network of stage 1 (`roles.py`); the adapters of the student and the
+critic are all that learns.
 
 A step is one batch of prompts. The critic learns in every step, the student in every `student_every`-th, beginning with
 the first; each from a rollout of its own (`rollout.student`). Scoring is teacher forcing: the rollout, clean, is the
@@ -15,22 +15,23 @@ both optimizers and the average are in the checkpoint, and every draw is named b
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from longlive.adapters.adapted import AdaptedNetwork
-from longlive.adapters.lora import LoRASettings, add_adapter, base_name, initialise_adapter, train_only
+from longlive.adapters.lora import LoRASettings
 from longlive.data.batch import VideoBatch
 from longlive.data.prompt_batches import PromptBatch
 from longlive.models.visibility import Role
-from longlive.models.wan.model import CausalWan
-from longlive.modules.base import LongLiveModule, OptimizerFactory
+from longlive.modules.base import OptimizerFactory
+from longlive.modules.roles import CRITIC, STUDENT, RoleName, RolesModule
 from longlive.objectives.dmd import (
     CountedFrames,
     Loss,
@@ -46,11 +47,6 @@ from longlive.parallel.collectives import gather_parts
 from longlive.parallel.layout import check_rollout
 from longlive.rollout.student import Clip, StudentRollout
 from longlive.typing import Bool, Int, Latents, PerFrame, PromptEmbeds, Tensor
-
-RoleName = Literal["student", "critic"]
-STUDENT: RoleName = "student"
-CRITIC: RoleName = "critic"
-"""Those that learn, and the names of their adapters."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class Conditions:
     counts: Bool[Tensor, " b"]
 
 
-class DistillationModule(LongLiveModule):
+class DistillationModule(RolesModule):
     """Distribution matching distillation.
 
     Args:
@@ -83,6 +79,7 @@ class DistillationModule(LongLiveModule):
         critic_optimizer: of the critic.
         lora: the student's adapter.
         critic_lora: the critic's; None: as the student's.
+        role_precision: in which each role multiplies, by its name; for all others, and None: in the run's.
         student_every: steps between two of the student (the ratio of two-time-scale updates).
         guidance: of the teacher, `cond + guidance (cond - uncond)`; 0 is none.
         negative_prompt: of the teacher's unconditional prediction.
@@ -96,17 +93,13 @@ class DistillationModule(LongLiveModule):
         ValueError: for settings out of range, or a rollout with guidance.
     """
 
-    rollout_adapter = STUDENT
-    student: AdaptedNetwork
-    teacher: AdaptedNetwork
-    critic: AdaptedNetwork
-
     def __init__(
         self,
         *,
         critic_optimizer: OptimizerFactory,
         lora: LoRASettings | None = None,
         critic_lora: LoRASettings | None = None,
+        role_precision: Mapping[str, Precision | str | None] | None = None,
         student_every: int = 5,
         guidance: float = 3.0,
         negative_prompt: str = "",
@@ -116,7 +109,11 @@ class DistillationModule(LongLiveModule):
         max_gradient_norm: float = 10.0,
         **base: Any,
     ) -> None:
-        super().__init__(**base)
+        super().__init__(
+            lora={STUDENT: lora or LoRASettings(), CRITIC: critic_lora or lora or LoRASettings()},
+            role_precision=role_precision,
+            **base,
+        )
         if student_every < 1:
             raise ValueError(f"student_every={student_every} must be at least 1 (the student learns in every step)")
         if guidance < 0:
@@ -131,7 +128,6 @@ class DistillationModule(LongLiveModule):
         StudentRollout.check(self.rollout, exit_per)
         self.automatic_optimization = False
         self.make_critic_optimizer = critic_optimizer
-        self.lora = {STUDENT: lora or LoRASettings(), CRITIC: critic_lora or lora or LoRASettings()}
         self.student_every = student_every
         self.guidance = guidance
         self.negative_prompt = negative_prompt
@@ -150,25 +146,10 @@ class DistillationModule(LongLiveModule):
                 "distillation is learned from noisy ones on every rank; use strategy=balanced_sp"
             )
 
-    def add_adapters(self, network: CausalWan) -> None:
-        """The student's and the critic's, the only ones that learn."""
-        for name, settings in self.lora.items():
-            add_adapter(network, name, settings)
-        train_only(network, list(self.lora))
-
-    def initialise_adapters(self, network: CausalWan) -> None:
-        """Also the roles, which are views of the network."""
-        for name in self.lora:
-            initialise_adapter(network, name, self.seed)
-        self.student = AdaptedNetwork(network, STUDENT)
-        self.critic = AdaptedNetwork(network, CRITIC)
-        self.teacher = AdaptedNetwork(network, None)
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        prefix = "network."
         optimizers = [
-            make([(prefix + name, parameter) for name, parameter in role.named_adapter_parameters()])
-            for role, make in ((self.student, self.make_optimizer), (self.critic, self.make_critic_optimizer))
+            make(self.adapter_parameters_of(role))
+            for role, make in ((STUDENT, self.make_optimizer), (CRITIC, self.make_critic_optimizer))
         ]
         if self.make_learning_rate is None:
             return optimizers
@@ -359,21 +340,9 @@ class DistillationModule(LongLiveModule):
         world_size = self.trainer.world_size if self._trainer is not None else 1
         return CountedFrames(frames, self.sum_over_ranks(frames.sum().float()), world_size)
 
-    def averaged_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The student's: its average is what is generated from and exported."""
-        for name, parameter in self.student.named_adapter_parameters():
-            yield f"network.{name}", parameter
-
     def average_moves(self, step: int) -> bool:
         """Whether the student learned in the step that made the count of steps `step`."""
         return (step - 1) % self.student_every == 0
-
-    def weights_of(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Also those of a run without adapters: the base is theirs, and the adapters are as they start."""
-        own = self.state_dict()
-        renamed = {base_name(name): name for name in own if base_name(name) is not None}
-        found = {renamed.get(name, name): tensor for name, tensor in stored.items()}
-        return {name: value for name, value in own.items() if base_name(name) is None} | super().weights_of(found)
 
     def _optimizer(self, role: RoleName) -> Any:
         optimizers: Any = self.optimizers()

@@ -248,7 +248,7 @@ class _Loading:
         tree = read_tree(path)
         # A module that was used keeps whole parameters for a while; its state dict never does.
         self.own = cast(dict[str, Tensor], get_model_state_dict(module))
-        self.targets: dict[str, tuple[Tensor, Tensor]] = {}
+        self.targets: dict[str, tuple[Tensor, list[Tensor]]] = {}
         if choose is not None:
             self.tree = {}
             self._aim_at_weights(tree, choose, module)
@@ -279,7 +279,7 @@ class _Loading:
         for name, tensor in weights.items():
             # What is chosen and not stored is the model's own, and stays.
             if id(tensor) in stored_under:
-                self.targets[stored_under[id(tensor)]] = (tensor, self.own[name])
+                self.targets.setdefault(stored_under[id(tensor)], (tensor, []))[1].append(self.own[name])
 
     def _aim(self, path: TreePath, stored: Tensor) -> Tensor:
         """Where a stored tensor will be."""
@@ -292,7 +292,7 @@ class _Loading:
             if not isinstance(like, DTensor):
                 return stored.clone()
             target = zeros(*stored.shape, dtype=stored.dtype, device_mesh=like.device_mesh, placements=like.placements)
-        self.targets[name_of(path)] = (stored, target)
+        self.targets[name_of(path)] = (stored, [target])
         return target
 
     def _has_shape(self, name: str | int, stored: Tensor) -> bool:
@@ -302,17 +302,20 @@ class _Loading:
     def read(self, ranks: _Ranks) -> None:
         """Fill what the construction made and found."""
         ranks.together(self._copy)
-        shards: dict[str, Any] = {
-            name: target.detach() for name, (stored, target) in self.targets.items() if stored.is_meta
-        }
+        sharded = {name: targets for name, (stored, targets) in self.targets.items() if stored.is_meta}
+        # Of those that take the same tensor, the widest is read, and the others are laid out as it is.
+        shards: dict[str, Any] = {name: max(targets, key=_itemsize).detach() for name, targets in sharded.items()}
         reader = self.reader
         if shards and reader is not None:
             reader.read(lambda: dcp.load(shards, storage_reader=reader, process_group=ranks.group))
+        for name, targets in sharded.items():
+            for target in targets:
+                local_part(target)[0].copy_(local_part(shards[name])[0])
 
     def _copy(self) -> None:
         """This rank's part of what the checkpoint holds whole."""
-        for stored, target in self.targets.values():
-            if not stored.is_meta:
+        for stored, targets in self.targets.values():
+            for target in targets if not stored.is_meta else ():
                 part, where = local_part(target)
                 part.copy_(stored[where])
 
@@ -323,6 +326,10 @@ class _Loading:
         ):
             optimizer.load_state_dict(_numbered_as(state, names))
         return self.tree
+
+
+def _itemsize(tensor: Tensor) -> int:
+    return tensor.dtype.itemsize
 
 
 def _names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:

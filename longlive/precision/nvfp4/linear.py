@@ -38,6 +38,11 @@ TILES_KEY = "nvfp4_tiles"
 """In a layer's state-dict metadata."""
 
 
+def packed_parts(weight: str) -> tuple[str, str, str]:
+    """What a packed weight of this name is in a state dict: codes, scales, amax."""
+    return f"{weight}_packed", f"{weight}_scale", f"{weight}_amax"
+
+
 def reason_against(linear: nn.Module) -> str | None:
     """Why a layer cannot become an `NVFP4Linear`; None: it can."""
     if isinstance(linear, NVFP4Linear):

@@ -1,0 +1,305 @@
+"""The roles of distillation, and the frozen networks under them, in the precision of each.
+
+*Teacher*, *student* and *critic* start as one network, that of stage 1. The teacher is it; the student and the critic
+are it with an adapter each (`adapters.lora`), and the adapters are all that learns. So roles of one precision are views
+of one *base*, which is in memory once. A role of another precision has a base of its own, made of the same weights:
+
+    role_precision                                  bases
+    null                                            network (all three)
+    {student: nvfp4}                                network (student), teacher_base (teacher, critic)
+    {student: nvfp4, teacher: nvfp4}                network (student, teacher), critic_base (critic)
+    {student: nvfp4, teacher: nvfp4, critic: nvfp4} network (all three)
+
+The student's base is always `network`, which is what is averaged, rolled out and exported. A base holds no more than
+its products read (`precision.frozen`): in NVFP4 codes alone, in bfloat16 no float32.
+
+**Weights.** A base is a function of the weights of stage 1 and its precision. Those from a file (`weights`) and those
+from a run (`initialise_from`) arrive as they are stored, and every base makes of them what it holds. A checkpoint has
+every base as it is held, so a base that roles share is there once, codes are codes, and a resumed run has the very same
+numbers. What was trained in one set of bases continues in another by `initialise_from`: `spread` finds its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.plugins import Precision
+from torch import nn
+
+from longlive.adapters.adapted import AdaptedNetwork
+from longlive.adapters.lora import LoRASettings, base_name
+from longlive.modules.base import LongLiveModule
+from longlive.precision.auto import choose_precision
+from longlive.precision.nvfp4.format import QuantisedTensor
+from longlive.precision.nvfp4.linear import NVFP4Linear, masters, packed_parts
+from longlive.precision.nvfp4.plugin import NVFP4Precision
+from longlive.precision.plugin import LinearPrecision
+from longlive.typing import Tensor
+
+RoleName = Literal["student", "critic"]
+STUDENT: RoleName = "student"
+CRITIC: RoleName = "critic"
+"""Those that learn, and the names of their adapters."""
+TEACHER = "teacher"
+ROLES = (STUDENT, TEACHER, CRITIC)
+
+PLACES = ("network", f"{TEACHER}_base", f"{CRITIC}_base")
+"""Where a module keeps its bases: the student's, and those of roles that do not share it."""
+
+ALIASES = {"bf16": "bf16-mixed", "fp32": "32-true"}
+PLAIN = "weights"
+"""In a checkpoint: of a base that is not packed."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen network that roles share.
+
+    Attributes:
+        place: the module's attribute, one of `PLACES`.
+        roles: at least one.
+        precision: its own; None: the run's.
+    """
+
+    place: str
+    roles: tuple[str, ...]
+    precision: Precision | str | None
+
+
+def read_precisions(settings: Mapping[str, Precision | str | None] | None, seed: int) -> dict[str, Any]:
+    """The precision of every role; None: the run's.
+
+    Args:
+        settings: by role, for those that have their own: a plugin, or a name as in `precision=`. A name of a plugin
+            stands for its default settings.
+        seed: of the plugins that are made.
+
+    Raises:
+        ValueError: for a role or a precision that does not exist.
+    """
+    settings = dict(settings or {})
+    unknown = sorted(settings.keys() - set(ROLES))
+    if unknown:
+        raise ValueError(f"role_precision names {', '.join(unknown)}; the roles are {', '.join(ROLES)}")
+    return {role: _precision(role, settings.get(role), seed) for role in ROLES}
+
+
+def _precision(role: str, setting: Precision | str | None, seed: int) -> Precision | str | None:
+    if setting is None or isinstance(setting, LinearPrecision):
+        return setting
+    if setting == NVFP4Precision.precision:
+        return NVFP4Precision(seed=seed)
+    if setting == "fp8":
+        from longlive.precision.fp8 import FP8Precision  # torchao takes seconds to import
+
+        return FP8Precision()
+    try:
+        return choose_precision(ALIASES.get(str(setting), str(setting)))
+    except ValueError:
+        raise ValueError(
+            f"role_precision.{role}={setting!r} is not supported; use nvfp4, fp8, bf16-mixed (bf16), 32-true (fp32), "
+            "or null for the run's"
+        ) from None
+
+
+def shared_bases(precisions: Mapping[str, Precision | str | None], of_run: Precision | str | None) -> tuple[Base, ...]:
+    """Which roles share a base: those whose precisions compute the same.
+
+    Args:
+        precisions: of every role; None: the run's.
+        of_run: that of the run, if it is known.
+    """
+    groups: list[tuple[Precision | str | None, list[str]]] = []
+    for role in ROLES:
+        own = precisions[role]
+        if own is not None and _same(own, of_run):
+            own = None
+        group = next((group for group in groups if _same(group[0], own)), None)
+        if group is None:
+            groups.append((own, [role]))
+        else:
+            group[1].append(role)
+    return tuple(Base(PLACES[ROLES.index(roles[0])], tuple(roles), own) for own, roles in groups)
+
+
+def _same(one: Precision | str | None, other: Precision | str | None) -> bool:
+    if isinstance(one, LinearPrecision) and isinstance(other, LinearPrecision):
+        return type(one) is type(other) and one.settings == other.settings
+    return one == other
+
+
+class RolesModule(LongLiveModule):
+    """What distillation trains: the roles, over their bases.
+
+    Args:
+        lora: the adapter of every role that learns.
+        role_precision: see `read_precisions`; None: the run's, for all.
+        **base: see `LongLiveModule`.
+
+    Attributes:
+        student, teacher, critic: the roles, once there are networks.
+        bases: what is under them.
+
+    Raises:
+        ValueError: as `LongLiveModule` and `read_precisions`.
+    """
+
+    student: AdaptedNetwork
+    teacher: AdaptedNetwork
+    critic: AdaptedNetwork
+
+    def __init__(
+        self,
+        *,
+        lora: Mapping[RoleName, LoRASettings],
+        role_precision: Mapping[str, Precision | str | None] | None = None,
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        self.lora = dict(lora)
+        self.precisions = read_precisions(role_precision, self.seed)
+        self.bases: tuple[Base, ...] = ()
+
+    def configure_model(self) -> None:
+        """Build the bases, each as a network is built, and the roles, which are views of them."""
+        if self.network is not None:
+            return
+        self.check_sequence()
+        self.bases = shared_bases(self.precisions, self.precision_of_run)
+        for base in self.bases:
+            adapters: dict[str, LoRASettings] = {
+                role: settings for role, settings in self.lora.items() if role in base.roles
+            }
+            network = self.build(base.precision, adapters)
+            if STUDENT in base.roles:
+                self.hold(network, STUDENT, base.precision)
+            else:
+                self.add_module(base.place, network)
+            for role in base.roles:
+                setattr(self, role, AdaptedNetwork(network, role if role in adapters else None, base.precision))
+
+    def networks_of_run(self) -> Sequence[nn.Module]:
+        if not self.bases:  # a finished network from elsewhere
+            return super().networks_of_run()
+        return [self.get_submodule(base.place) for base in self.bases if base.precision is None]
+
+    def adapter_parameters_of(self, role: RoleName) -> list[tuple[str, nn.Parameter]]:
+        """What of a role learns, under the names that `named_parameters` has for it."""
+        (place,) = (base.place for base in self.bases if role in base.roles)
+        adapted = self.student if role == STUDENT else self.critic
+        return [(f"{place}.{name}", parameter) for name, parameter in adapted.named_adapter_parameters()]
+
+    def averaged_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The student's: its average is what is generated from and exported."""
+        yield from self.adapter_parameters_of(STUDENT)
+
+    def own_plugins(self) -> list[LinearPrecision]:
+        """Those of roles. Lightning knows the run's alone, and calls it."""
+        return [base.precision for base in self.bases if isinstance(base.precision, LinearPrecision)]
+
+    def on_fit_start(self) -> None:
+        for plugin in self.own_plugins():
+            plugin.connect(self, [], [])
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        for plugin in self.own_plugins():
+            plugin.begin_backward(self.global_step)
+        super().manual_backward(loss, *args, **kwargs)
+
+    def weights_of(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Also those of a run without adapters, or with other bases."""
+        return spread(self.state_dict(), stored)
+
+    def room_for(self, checkpoint: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Packed bases take weights, or the codes of a run whose bases were packed likewise.
+
+        Raises:
+            ValueError: for codes of another scale rule.
+        """
+        rules, ours = (set(held.values()) - {PLAIN} for held in (checkpoint.get("bases", {}), self.held_as()))
+        if rules and ours and rules != ours:
+            raise ValueError(
+                f"the checkpoint's bases are packed with the rule {', '.join(sorted(rules))}, and here with "
+                f"{', '.join(sorted(ours))}; start from the weights that it started from, or from an export of it"
+            )
+        return nullcontext() if rules else masters(self)
+
+    def held_as(self) -> dict[str, str]:
+        """What every base has for weights, by its place: `weights`, or the scale rule of codes."""
+        held = {}
+        for base in self.bases:
+            layers = [layer for layer in self.get_submodule(base.place).modules() if isinstance(layer, NVFP4Linear)]
+            held[base.place] = next((layer.rule for layer in layers if layer.rule is not None), PLAIN)
+        return held
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["bases"] = self.held_as()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        theirs, ours = checkpoint.get("bases", self.held_as()), self.held_as()
+        if theirs != ours:
+            raise ValueError(
+                f"the checkpoint's bases are {theirs}, and this run's {ours}; resume with the precision and the "
+                "module.role_precision of the run, or start a new one from its weights: initialise_from"
+            )
+        super().on_load_checkpoint(checkpoint)
+
+
+def spread(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A run's weights under the names that a module has for them, which may hold them in other bases, in adapters'
+    wrapping or without.
+
+    Args:
+        own: the module's state dict.
+        stored: that of the run.
+
+    Returns:
+        what the module is to load: its own where nothing is stored; what it has no name for, under the stored name.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in stored.items():
+        place, key = _place_and_key(name)
+        found.setdefault(key, {})[place] = tensor
+    chosen = {}
+    known = set()
+    for name, value in own.items():
+        place, key = _place_and_key(name)
+        places = found.get(key, {})
+        known.add(key)
+        # Its own, if it is there, else the first in the order of the roles.
+        chosen[name] = next((places[p] for p in (place, *PLACES) if p in places), value)
+    # Codes of what is taken as weights: another base's.
+    known |= {part for key in known & found.keys() if key.endswith(".weight") for part in packed_parts(key)}
+    return chosen | {name: tensor for name, tensor in stored.items() if _place_and_key(name)[1] not in known}
+
+
+def with_weights(stored: Mapping[str, Tensor], held_as: Mapping[str, str]) -> dict[str, Tensor]:
+    """A run's weights without codes. Where one of its bases has a weight as such, that is taken; else it is what the
+    codes say.
+
+    Args:
+        stored: whole tensors.
+        held_as: of the run's bases, as in its checkpoint.
+    """
+    plain = {name: tensor for name, tensor in stored.items() if not name.endswith(packed_parts(".weight"))}
+    by_key = {_place_and_key(name)[1]: tensor for name, tensor in plain.items()}
+    for name in stored:
+        weight = name.removesuffix("_packed")
+        if not name.endswith(packed_parts(".weight")[0]):
+            continue
+        place, key = _place_and_key(weight)
+        packed, scales, amax = (stored[part] for part in packed_parts(weight))
+        codes = QuantisedTensor(packed, scales.view(torch.float8_e4m3fn), amax, held_as[place], tiles=True)
+        plain[weight] = by_key[key] if key in by_key else codes.dequantise()
+    return plain
+
+
+def _place_and_key(name: str) -> tuple[str, str]:
+    """Which base a weight is of, and what it is called in any of them."""
+    place, _, rest = name.partition(".")
+    return place, base_name(rest) or rest
