@@ -30,6 +30,8 @@ class HeldPieces:
         sequence: this process's place in its sequence group.
         rule: who sees whom.
         shot_rope_offset: frames by which a scene cut moves the RoPE position.
+        num_past: the first so many chunks are history alone: no targets.
+        starts: RoPE position of every chunk's first frame; None: the videos begin with the clips.
     """
 
     shot_index: Int[Tensor, "b chunk"]
@@ -37,6 +39,8 @@ class HeldPieces:
     sequence: SequenceShare
     rule: VisibilityRule
     shot_rope_offset: float = 0.0
+    num_past: int = 0
+    starts: Float[Tensor, "b chunk"] | None = None
 
     @property
     def num_chunks(self) -> int:
@@ -50,7 +54,7 @@ class HeldPieces:
         Raises:
             ValueError: if the ranks do not divide the clip.
         """
-        return self.sequence.layout(self.num_chunks)
+        return self.sequence.layout(self.num_chunks).targeting(self.num_past)
 
     def chunks(self, role: Role) -> tuple[int, ...]:
         """The chunks that this rank holds in a role."""
@@ -67,6 +71,8 @@ class HeldPieces:
 
     def clip_positions(self) -> Float[Tensor, "b clip"]:
         """RoPE position of every frame of the clip: its index, plus the offset of its shot."""
+        if self.starts is not None:
+            return (self.starts[:, :, None] + torch.arange(self.chunk_frames)).flatten(1)
         shot = self.shot_index.repeat_interleave(self.chunk_frames, dim=1)
         return torch.arange(shot.shape[1]) + self.shot_rope_offset * shot.double()
 

@@ -55,6 +55,13 @@ class SequenceLayout:
         """The chunks that a rank holds in a role, in the order of its local sequence."""
         return tuple(piece.chunk for piece in self.pieces[rank] if piece.role is role)
 
+    def targeting(self, first: int) -> SequenceLayout:
+        """The same without the noisy copies of the chunks before `first`, which are history alone."""
+        pieces = tuple(
+            tuple(piece for piece in mine if piece.role is Role.CLEAN or piece.chunk >= first) for mine in self.pieces
+        )
+        return SequenceLayout(pieces, self.chunks)
+
     def delivered(self, tokens_per_chunk: int) -> tuple[Segment, ...]:
         """The whole sequence in the order in which the all-to-all delivers it: rank after rank."""
         return tuple(Segment(piece.role, piece.chunk, tokens_per_chunk) for rank in self.pieces for piece in rank)
