@@ -107,6 +107,17 @@ def read_requests(
     return requests if image is None else _with_images(requests, Path(image))
 
 
+def read_prompts(path: str) -> list[str | StoryPrompt]:
+    """The prompts of a `.txt` file or a folder, without images: what a training that makes its own videos needs.
+
+    Raises:
+        ValueError: if it is neither, or as `read_requests`.
+    """
+    if not path.endswith(".txt") and not os.path.isdir(path):
+        raise ValueError(f"path={path!r}: there is no such folder; give one, or a text file with one prompt per line")
+    return [request.prompt for request in read_requests(path)]
+
+
 def _read_folder(folder: Path) -> list[VideoRequest]:
     texts, images = folder, folder
     if (folder / "prompts").is_dir():
