@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from longlive import rng
-from longlive.typing import Int, Latents, RawFrames, Tensor
+from longlive.typing import Float, Int, Latents, RawFrames, Tensor
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class VideoBatch:
 
     Attributes:
         latents: pre-encoded `[b f c h w]`, the frames that this rank owns.
+        prompt_embeds: of pre-encoded prompts, by text: `[token d]`, without padding. Others are encoded when they are
+            needed.
         raw_frames: uint8 `[b t 3 H W]`, what this rank needs to encode the frames that it owns.
         prompts: `prompts[sample][chunk]`, of the whole clip.
         shot_index: shot of every chunk of the whole clip, `[b chunk]`, counted from 0 in each sample.
@@ -57,6 +60,7 @@ class VideoBatch:
     latents: Latents | None = None
     raw_frames: RawFrames | None = None
     frame_offset: int = 0
+    prompt_embeds: Mapping[str, Float[Tensor, "token d"]] | None = None
 
     def __post_init__(self) -> None:
         if (self.latents is None) == (self.raw_frames is None):

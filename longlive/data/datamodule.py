@@ -28,6 +28,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch.utils.data import DataLoader
 
 from longlive.data.indexed import IndexedShards
+from longlive.data.latents import EncodesClips
 from longlive.data.order import FinitePositionBatches, PositionBatches, accumulation
 from longlive.data.reader import ShardReader
 from longlive.data.sample import ClipSpec, ReadsWindows, collate
@@ -45,7 +46,8 @@ class VideoDataModule(LightningDataModule):
     """Batches of clips from shards.
 
     Args:
-        train, val: shard directories, or URLs of them; several are read as one set. None: there is no such data.
+        train, val: directories of video shards or of latent shards, or URLs of them; several of one kind are read as
+            one set. None: there is no such data.
         num_frames: latent frames per clip, a multiple of `chunk_frames`.
         chunk_frames: frames per chunk.
         height, width: pixels.
@@ -152,6 +154,7 @@ class VideoDataModule(LightningDataModule):
         for name in names:
             if self.locations[name] and (name not in self._datasets or self._datasets[name].spec != spec):
                 self._datasets[name] = self._open(name, spec)
+                self._check_latents(name)
         if (
             self.trainer is not None
             and max(self.trainer.world_size, self.data_parallel()[1]) > 1
@@ -160,6 +163,23 @@ class VideoDataModule(LightningDataModule):
             raise ValueError(
                 "Trainer(use_distributed_sampler=True) would replace the data order by Lightning's own; "
                 "set use_distributed_sampler=False, the data module splits by data rank itself"
+            )
+
+    def _check_latents(self, name: str) -> None:
+        """Of a set of latents: that this run would have made the same ones. Says which clips they are of."""
+        dataset = self._datasets[name]
+        module: object = None if self.trainer is None else self.trainer.lightning_module
+        if isinstance(module, EncodesClips):
+            dataset.check_encoders(module)
+        if not dataset.shuffle or (self.trainer is not None and not self.trainer.is_global_zero):
+            return
+        for location, latents in dataset.latents.items():
+            log.info(
+                "%s holds latents of the clips that seed %d draws in the first %d epoch%s; later ones read them again",
+                location,
+                latents.seed,
+                latents.num_epochs,
+                "s" if latents.num_epochs > 1 else "",
             )
 
     def window_spec(self) -> ClipSpec:

@@ -4,13 +4,13 @@ Rank and position exact: the global batch of a step is the same set of samples f
 neither workers nor a restart can change it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
 from longlive.data.order import epoch_order
 from longlive.data.reader import Candidate, ShardReader
-from longlive.data.sample import ClipSpec, UnreadableSampleError
+from longlive.data.sample import ClipSpec, UnreachableSampleError, UnreadableSampleError
 
 
 class IndexedShards(ShardReader):
@@ -42,15 +42,21 @@ class IndexedShards(ShardReader):
             epoch, place = divmod(candidate_position, len(self.samples))
             sample_id = self._order(epoch)[place]
             self.reading.begin(sample_id)
-            yield Candidate(sample_id, epoch, self._read(sample_id))
+            wanted = self.wanted(sample_id, self.clip_epoch(epoch))
+            yield Candidate(sample_id, epoch, self._read(sample_id, wanted))
 
-    def _read(self, sample_id: int) -> dict[str, bytes] | UnreadableSampleError:
+    def read_shard(self, shard: int) -> Iterator[Candidate]:
+        for sample_id in self.shards[shard][1]:
+            yield Candidate(sample_id, 0, self._read(sample_id, self.samples[sample_id].entry.members))
+
+    def _read(self, sample_id: int, wanted: Collection[str]) -> dict[str, bytes] | UnreadableSampleError:
+        members = self.samples[sample_id].entry.members
         contents = {}
         try:
             with self._path(sample_id).open("rb") as file:
-                for suffix, member in self.samples[sample_id].entry.members.items():
-                    file.seek(member.offset)
-                    contents[suffix] = file.read(member.num_bytes)
+                for suffix in wanted:
+                    file.seek(members[suffix].offset)
+                    contents[suffix] = file.read(members[suffix].num_bytes)
         except OSError as error:
-            return UnreadableSampleError(str(error))
+            return UnreachableSampleError(str(error))
         return contents

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from longlive.data.latents import EncodesClips, LatentSettings, unpack_sample
 from longlive.data.sample import ClipSpec, UnreadableSampleError, VideoSample, decode_sample
 from longlive.data.shard_index import ShardSample
-from longlive.data.shards import load_index
+from longlive.data.shards import load_index, locate
 from longlive.data.workers import Reading
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class StoredSample:
 
     location: str | Path
     entry: ShardSample
+    latents: LatentSettings | None = None
+    """None: it is a video."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,31 @@ class ShardReader(Dataset[VideoSample], ABC):
 
     Raises:
         FileNotFoundError: if a local shard set or its index is missing.
-        ValueError: if an index is broken or empty.
+        ValueError: if an index is broken or empty, its latents are of other clips than wanted, or some sets hold
+            latents and some videos.
     """
 
     def __init__(self, locations: Sequence[str | Path], spec: ClipSpec, *, seed: int, shuffle: bool) -> None:
         self.spec, self.seed, self.shuffle = spec, seed, shuffle
-        self.samples = [
-            StoredSample(location, entry) for location in locations for entry in load_index(location).samples
-        ]
+        self.samples: list[StoredSample] = []
+        self.latents: dict[str, LatentSettings] = {}
+        """By location, of those that hold latents."""
+        for location in locations:
+            index, latents = load_index(location), None
+            if index.latents is not None:
+                latents = self.latents[str(location)] = LatentSettings.from_json(index.latents, str(location))
+                latents.check_clip(spec, str(location))
+            self.samples += [StoredSample(location, entry, latents) for entry in index.samples]
+        if videos := {str(location) for location in locations} - self.latents.keys() if self.latents else set():
+            raise ValueError(
+                f"{', '.join(sorted(self.latents))} holds latents, {', '.join(sorted(videos))} videos; a batch cannot "
+                "mix them: encode the videos too (stage=encode)"
+            )
+        shards: dict[str, list[int]] = {}
+        for sample_id, sample in enumerate(self.samples):
+            shards.setdefault(locate(sample.location, sample.entry.shard), []).append(sample_id)
+        self.shards = list(shards.items())
+        """Path or URL of every shard, and the samples in it."""
         self.unreadable = UnreadableSamples(len(self.samples))
         self.reading = Reading(num_workers=0)
         """What the loader's workers are at; the loader makes one for its number of them."""
@@ -94,6 +114,10 @@ class ShardReader(Dataset[VideoSample], ABC):
     @abstractmethod
     def candidates(self, position: int) -> Iterator[Candidate]:
         """The sample at a position, then those after it in this reader's order, without end; read when asked for."""
+
+    @abstractmethod
+    def read_shard(self, shard: int) -> Iterator[Candidate]:
+        """All samples of a shard, with all their members, one after the other as they are stored."""
 
     def __len__(self) -> int:
         """Samples of one epoch."""
@@ -127,12 +151,40 @@ class ShardReader(Dataset[VideoSample], ABC):
         entry = self.samples[sample_id].entry
         return f"{entry.key} in {entry.shard}"
 
-    def _decode(self, candidate: Candidate) -> VideoSample:
+    def check_encoders(self, module: EncodesClips) -> None:
+        """Raise a `ValueError` if latents were made by another codec or text encoder than a module's."""
+        fingerprints = module.encoder_fingerprints() if self.latents else {}
+        for location, latents in self.latents.items():
+            latents.check_encoders(fingerprints, location)
+
+    def wanted(self, sample_id: int, epoch: int) -> Collection[str]:
+        """The members of a sample that an epoch needs."""
+        sample = self.samples[sample_id]
+        if sample.latents is None:
+            return sample.entry.members
+        return [name for name in sample.latents.members(sample.entry.members, epoch) if name in sample.entry.members]
+
+    def clip_epoch(self, epoch: int) -> int:
+        """Whose clips an epoch reads: its own, or always the first one's."""
+        return epoch if self.shuffle else 0
+
+    def intact_members(self, candidate: Candidate) -> Mapping[str, bytes]:
+        """What was read of a sample.
+
+        Raises:
+            UnreadableSampleError: if reading failed, or it is not what was written.
+        """
         if isinstance(candidate.members, UnreadableSampleError):
             raise candidate.members
         stored = self.samples[candidate.sample_id].entry.members
         for suffix, content in candidate.members.items():
             if suffix in stored and not stored[suffix].holds(content):
                 raise UnreadableSampleError(f"its {suffix} is not what was written: the checksum differs")
-        epoch = candidate.epoch if self.shuffle else 0
-        return decode_sample(candidate.members, self.spec, seed=self.seed, epoch=epoch, sample_id=candidate.sample_id)
+        return candidate.members
+
+    def _decode(self, candidate: Candidate) -> VideoSample:
+        members, sample_id = self.intact_members(candidate), candidate.sample_id
+        epoch, latents = self.clip_epoch(candidate.epoch), self.samples[sample_id].latents
+        if latents is not None:
+            return unpack_sample(members, latents, self.spec, epoch=epoch, sample_id=sample_id)
+        return decode_sample(members, self.spec, seed=self.seed, epoch=epoch, sample_id=sample_id)

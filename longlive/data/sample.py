@@ -12,7 +12,8 @@ choice of the clip, its prompts, shots and padding do not depend on the window, 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -23,14 +24,18 @@ from longlive import rng
 from longlive.data.batch import VideoBatch
 from longlive.data.joined import JoinedVideo
 from longlive.data.shards import video_members
-from longlive.data.shots import ChunkSizes, Shot, ShotRules, plan_clip, runs_of_shots
+from longlive.data.shots import ChunkSizes, ClipPlan, Shot, ShotRules, plan_clip, runs_of_shots
 from longlive.data.sources import shots_from_caption
 from longlive.data.video import UnreadableVideoError, check_decoder
-from longlive.typing import Tensor, UInt8
+from longlive.typing import Float, Tensor, UInt8
 
 
 class UnreadableSampleError(Exception):
     """A sample that cannot be used; the reader takes the next one of the order."""
+
+
+class UnreachableSampleError(UnreadableSampleError):
+    """A sample whose shard cannot be read there, now: another attempt may succeed."""
 
 
 @dataclass(frozen=True)
@@ -115,24 +120,39 @@ class ClipSpec:
         """Of the whole clip."""
         return 1 + self.temporal_ratio * (self.num_frames - 1)
 
+    @property
+    def frames(self) -> range:
+        """The frames of the clip whose latents are owned here: those of the window, without its halo."""
+        if self.window is None:
+            return range(self.num_frames)
+        return range(self.window.frame_offset, 1 + (self.window.stop - 1) // self.temporal_ratio)
+
 
 @dataclass(frozen=True)
 class VideoSample:
-    """One sample of a batch; the fields are `VideoBatch`'s, without the batch dim. Only `raw_frames` may be a part."""
+    """One sample of a batch; the fields are `VideoBatch`'s, without the batch dim. Only raw frames or latents may be a
+    part."""
 
-    raw_frames: UInt8[Tensor, "t 3 H W"]
     prompts: tuple[str, ...]
     shot_index: tuple[int, ...]
     num_valid_frames: int
     sample_id: int
+    raw_frames: UInt8[Tensor, "t 3 H W"] | None = None
+    latents: Float[Tensor, "f c h w"] | None = None
+    prompt_embeds: Mapping[str, Float[Tensor, "token d"]] | None = None
     frame_offset: int = 0
 
 
 def collate(samples: Sequence[VideoSample]) -> VideoBatch:
-    """Samples of one size and window to a batch."""
+    """Samples of one kind, size and window to a batch."""
     (frame_offset,) = {sample.frame_offset for sample in samples}
+    raw_frames = [sample.raw_frames for sample in samples if sample.raw_frames is not None]
+    latents = [sample.latents for sample in samples if sample.latents is not None]
+    embeds = [sample.prompt_embeds for sample in samples if sample.prompt_embeds is not None]
     return VideoBatch(
-        raw_frames=torch.stack([sample.raw_frames for sample in samples]),
+        raw_frames=torch.stack(raw_frames) if raw_frames else None,
+        latents=torch.stack(latents) if latents else None,
+        prompt_embeds={text: tokens for each in embeds for text, tokens in each.items()} if embeds else None,
         prompts=tuple(sample.prompts for sample in samples),
         shot_index=torch.tensor([sample.shot_index for sample in samples], dtype=torch.int64),
         num_valid_frames=torch.tensor([sample.num_valid_frames for sample in samples], dtype=torch.int64),
@@ -159,51 +179,91 @@ def resample(timestamps: np.ndarray, source_fps: float | int, fps: float | int) 
     return np.searchsorted(midpoints + tolerance, times, side="left")
 
 
-def decode_sample(
-    members: Mapping[str, bytes], spec: ClipSpec, *, seed: int, epoch: int, sample_id: int
-) -> VideoSample:
-    """Decode one sample, or the window of it that `spec` wants.
+class StoredVideo:
+    """The video of a sample, open, and the clips that can be cut from it.
 
     Args:
         members: content by suffix: a video, or several that are read as one, and `"json"`.
-        spec: the clip that is wanted.
-        seed, epoch, sample_id: name the choice of the clip in a longer video.
+        spec: the clips that are wanted.
 
     Raises:
-        UnreadableSampleError: if a member is missing or broken, the video does not decode, or the json describes
-            another video.
+        UnreadableSampleError: if a member is missing or broken, or the json describes another video. So do the methods,
+            if no clip can be planned or the video does not decode.
     """
-    videos = video_members(members)
-    if not videos or "json" not in members:
-        raise UnreadableSampleError(f"it needs a video and a json; it has {sorted(members)}")
-    try:
-        fields = json.loads(members["json"])
-        num_raw_frames = int(fields["num_raw_frames"])
-        shots: tuple[Shot, ...] = shots_from_caption({"shots": fields["shots"]}, num_raw_frames)
-        with JoinedVideo([members[suffix] for suffix in videos], spec.decoder) as video:
-            if video.num_raw_frames != num_raw_frames:
+
+    def __init__(self, members: Mapping[str, bytes], spec: ClipSpec) -> None:
+        videos = video_members(members)
+        if not videos or "json" not in members:
+            raise UnreadableSampleError(f"it needs a video and a json; it has {sorted(members)}")
+        self.spec = spec
+        with _as_unreadable(), ExitStack() as stack:
+            fields = json.loads(members["json"])
+            num_raw_frames = int(fields["num_raw_frames"])
+            self.shots: tuple[Shot, ...] = shots_from_caption({"shots": fields["shots"]}, num_raw_frames)
+            contents = [members[suffix] for suffix in videos]
+            self._video = stack.enter_context(JoinedVideo(contents, spec.decoder))
+            if self._video.num_raw_frames != num_raw_frames:
                 raise UnreadableSampleError(
-                    f"the video has {video.num_raw_frames} raw frames, its json says {num_raw_frames}"
+                    f"the video has {self._video.num_raw_frames} raw frames, its json says {num_raw_frames}"
                 )
-            at_rate = resample(video.timestamps, video.last_fps, spec.fps)
-            plan = plan_clip(
-                runs_of_shots(shots, at_rate.tolist()),
+            self._at_rate = resample(self._video.timestamps, self._video.last_fps, spec.fps)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> StoredVideo:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def plan(self, *, seed: int, epoch: int, sample_id: int) -> ClipPlan:
+        """The clip that an epoch reads; its positions are of the video at the wanted rate."""
+        spec = self.spec
+        with _as_unreadable():
+            return plan_clip(
+                runs_of_shots(self.shots, self._at_rate.tolist()),
                 spec.num_frames // spec.chunk_frames,
                 ChunkSizes(spec.chunk_frames, spec.temporal_ratio),
                 spec.shot_rules,
                 margin=round(spec.shot_rules.forced_cut_margin * spec.fps),
                 draw=lambda high: rng.integer(high, seed, "crop", step=epoch, sample=sample_id),
             )
-            window = spec.window or ClipWindow(0, spec.num_raw_frames, frame_offset=0)
-            wanted = [int(at_rate[position]) for position in plan.positions[window.start : window.stop]]
-            frames = video.read(wanted, spec.height, spec.width)
+
+    def read(self, plan: ClipPlan, start: int, stop: int) -> UInt8[Tensor, "t 3 h w"]:
+        """Raw frames `start .. stop - 1` of a clip."""
+        wanted = [int(self._at_rate[position]) for position in plan.positions[start:stop]]
+        with _as_unreadable():
+            return self._video.read(wanted, self.spec.height, self.spec.width)
+
+
+@contextmanager
+def _as_unreadable() -> Iterator[None]:
+    try:
+        yield
     except (ValueError, KeyError, TypeError, UnreadableVideoError) as error:
         raise UnreadableSampleError(f"{type(error).__name__}: {error}") from error
-    return VideoSample(
-        raw_frames=frames,
-        prompts=plan.prompts,
-        shot_index=plan.shot_index,
-        num_valid_frames=plan.num_valid_frames,
-        sample_id=sample_id,
-        frame_offset=window.frame_offset,
-    )
+
+
+def decode_sample(
+    members: Mapping[str, bytes], spec: ClipSpec, *, seed: int, epoch: int, sample_id: int
+) -> VideoSample:
+    """Decode one sample, or the window of it that `spec` wants.
+
+    Args:
+        members: see `StoredVideo`.
+        spec: the clip that is wanted.
+        seed, epoch, sample_id: name the choice of the clip in a longer video.
+
+    Raises:
+        UnreadableSampleError: as `StoredVideo`.
+    """
+    with StoredVideo(members, spec) as video:
+        plan = video.plan(seed=seed, epoch=epoch, sample_id=sample_id)
+        window = spec.window or ClipWindow(0, spec.num_raw_frames, frame_offset=0)
+        return VideoSample(
+            raw_frames=video.read(plan, window.start, window.stop),
+            prompts=plan.prompts,
+            shot_index=plan.shot_index,
+            num_valid_frames=plan.num_valid_frames,
+            sample_id=sample_id,
+            frame_offset=window.frame_offset,
+        )

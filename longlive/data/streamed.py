@@ -25,8 +25,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from longlive import rng
 from longlive.data.order import buffer_shuffle, lane_shards, num_lanes, place_in_lane
 from longlive.data.reader import Candidate, ShardReader
-from longlive.data.sample import ClipSpec, UnreadableSampleError
-from longlive.data.shards import locate
+from longlive.data.sample import ClipSpec, UnreachableSampleError, UnreadableSampleError
 
 
 class StreamedShards(ShardReader):
@@ -61,10 +60,6 @@ class StreamedShards(ShardReader):
             raise ValueError(f"a shard set is named twice in {[str(location) for location in locations]}; name it once")
         self.data_rank, self.data_size = data_rank, data_size
         self.batch_size, self.shuffle_buffer = batch_size, shuffle_buffer
-        shards: dict[str, list[int]] = {}
-        for sample_id, sample in enumerate(self.samples):
-            shards.setdefault(locate(sample.location, sample.entry.shard), []).append(sample_id)
-        self.shards = list(shards.items())
         self.lanes = num_lanes(len(self.shards), data_size) if shuffle else 1
         self._streams: dict[int, _Stream] = {}
 
@@ -86,6 +81,11 @@ class StreamedShards(ShardReader):
         length = sum(len(self.shards[shard][1]) for shard in shards)
         generator = rng.generator(self.seed, "shuffle_buffer", step=epoch, sample=global_lane)
         return shards, buffer_shuffle(length, self.shuffle_buffer, generator)
+
+    def read_shard(self, shard: int) -> Iterator[Candidate]:
+        url, sample_ids = self.shards[shard]
+        for sample_id, members in zip(sample_ids, self._read_shard(url, sample_ids), strict=True):
+            yield Candidate(sample_id, 0, members)
 
     def _stream(self, lane: int, offset: int) -> Iterator[Candidate]:
         """A lane's samples from an offset on, without end."""
@@ -136,7 +136,7 @@ class StreamedShards(ShardReader):
                     if place < next_place:
                         continue
                     for _ in range(next_place, place):
-                        yield UnreadableSampleError(f"it is missing in {url}")
+                        yield UnreachableSampleError(f"it is missing in {url}")
                     yield {name: content for name, content in found.items() if not name.startswith("__")}
                     next_place = place + 1
                     self.reading.begin(sample_ids[min(next_place, len(sample_ids) - 1)])
@@ -144,7 +144,7 @@ class StreamedShards(ShardReader):
             keep_error(error)
         reason = f": {errors[-1]}" if errors else ""
         for _ in range(next_place, len(sample_ids)):
-            yield UnreadableSampleError(f"it is missing in {url}{reason}")
+            yield UnreachableSampleError(f"it is missing in {url}{reason}")
 
 
 class _Stream:

@@ -40,7 +40,7 @@ from longlive.parallel.strategy import ShardedStrategy
 from longlive.precision.frozen import freeze
 from longlive.precision.plugin import LinearPrecision
 from longlive.rollout.engine import RolloutEngine, RolloutSettings
-from longlive.text.base import TextEncoder
+from longlive.text.base import TextEncoder, TokenEmbeds, with_padding
 from longlive.text.cache import unique_prompts
 from longlive.typing import Bool, Int, Latents, PromptEmbeds, RawFrames, Tensor, Video
 
@@ -268,10 +268,28 @@ class LongLiveModule(LightningModule):
             return encode_window(self.codec, video, frames, sequence.codec_context, sequence.group).float()
 
     @torch.no_grad()
-    def embed(self, prompts: Sequence[Sequence[str]]) -> tuple[PromptEmbeds, Int[Tensor, "b p"]]:
-        """The distinct prompts' embeddings and which of them each chunk has, on the module's device."""
+    def embed(
+        self, prompts: Sequence[Sequence[str]], known: Mapping[str, TokenEmbeds] | None = None
+    ) -> tuple[PromptEmbeds, Int[Tensor, "b p"]]:
+        """The distinct prompts' embeddings and which of them each chunk has, on the module's device.
+
+        Args:
+            prompts: `prompts[sample][chunk]`.
+            known: embeddings of prompts that came with a batch. Only others reach the text encoder.
+        """
         distinct, index = unique_prompts(prompts)
-        return self.text_encoder.encode(distinct).to(self.device), index.to(self.device)
+        known, encoder = known or {}, self.text_encoder
+        stored = [prompt for prompt in distinct if prompt in known]
+        missing = [prompt for prompt in distinct if prompt not in known]
+        padded = with_padding((known[prompt] for prompt in stored), encoder.num_tokens, encoder.embed_dim)
+        embeds = dict(zip(stored, padded.to(self.device), strict=True))
+        if missing:
+            embeds |= zip(missing, encoder.encode(missing).to(self.device), strict=True)
+        return torch.stack([embeds[prompt] for prompt in distinct]), index.to(self.device)
+
+    def encoder_fingerprints(self) -> dict[str, str]:
+        """Of codec and text encoder: latents and embeddings by others are refused."""
+        return {"codec": self.codec.fingerprint, "text_encoder": self.text_encoder.fingerprint}
 
     def agreed(self, batch: VideoBatch) -> Bool[Tensor, " b"]:
         """Whether all ranks of the sequence group read the same clip at each place of the batch. They differ where a

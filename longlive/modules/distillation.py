@@ -297,7 +297,8 @@ class DistillationModule(RolesModule):
         Raises:
             ValueError: if frames are to be given, and the batch has none.
         """
-        prompt_embeds, prompt_index = self.embed(batch.prompts)
+        known = batch.prompt_embeds if isinstance(batch, VideoBatch) else None
+        prompt_embeds, prompt_index = self.embed(batch.prompts, known)
         codec, given, counts = self.codec, None, torch.ones(batch.batch_size, dtype=torch.bool)
         if isinstance(batch, VideoBatch):
             latents = self.encode(batch)

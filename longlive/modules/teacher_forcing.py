@@ -91,7 +91,7 @@ class TeacherForcingModule(LongLiveModule):
         self.check(batch)
         self.on_phase("encode")
         latents = self.encode(batch)
-        prompt_embeds, prompt_index = self.embed(self._drop_prompts(batch, step, prompt_dropout))
+        prompt_embeds, prompt_index = self.embed(self._drop_prompts(batch, step, prompt_dropout), batch.prompt_embeds)
         inputs = self.make_inputs(latents, batch, step)
         targets = self.chunks(batch, Role.NOISY)
         frame_index = frames_of_chunks(targets, self.chunk_frames)

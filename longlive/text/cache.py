@@ -12,20 +12,17 @@ import logging
 import os
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from longlive.text.base import TextEncoder, TextEncoderFactory
-from longlive.typing import Float, Int, PromptEmbeds, Tensor
+from longlive.text.base import TextEncoder, TextEncoderFactory, TokenEmbeds, with_padding, without_padding
+from longlive.typing import Int, PromptEmbeds, Tensor
 
 log = logging.getLogger(__name__)
-
-TokenEmbeds = Float[Tensor, "token d"]
-"""The tokens of one prompt up to its end."""
 
 
 class CachedTextEncoder(TextEncoder):
@@ -78,11 +75,11 @@ class CachedTextEncoder(TextEncoder):
                 found[prompt] = embeds
         if missing:
             for prompt, padded in zip(missing, self._built_encoder().encode(missing).cpu(), strict=True):
-                found[prompt] = _without_padding(padded)
+                found[prompt] = without_padding(padded)
                 self._write(prompt, found[prompt])
         for prompt, embeds in found.items():
             self._memory.put(prompt, embeds)
-        return self._padded(found[prompt] for prompt in prompts)
+        return with_padding((found[prompt] for prompt in prompts), self.num_tokens, self.embed_dim)
 
     def _built_encoder(self) -> TextEncoder:
         encoder = self._encoder[0]
@@ -90,14 +87,6 @@ class CachedTextEncoder(TextEncoder):
             encoder = encoder.build()
             self._encoder[0] = encoder
         return encoder
-
-    def _padded(self, prompts: Iterable[TokenEmbeds]) -> PromptEmbeds:
-        entries = list(prompts)
-        dtype = entries[0].dtype if entries else torch.float32
-        padded = torch.zeros(len(entries), self.num_tokens, self.embed_dim, dtype=dtype)
-        for row, embeds in zip(padded, entries, strict=True):
-            row[: len(embeds)] = embeds
-        return padded
 
     def _path(self, prompt: str) -> Path:
         # Captions from the wild may hold lone surrogates, which strict UTF-8 refuses.
@@ -187,13 +176,6 @@ def unique_prompts(prompts: Sequence[Sequence[str]]) -> tuple[list[str], Int[Ten
     distinct: dict[str, int] = {}
     index = [[distinct.setdefault(prompt, len(distinct)) for prompt in sample] for sample in prompts]
     return list(distinct), torch.tensor(index, dtype=torch.int64)
-
-
-def _without_padding(padded: Float[Tensor, "s d"]) -> TokenEmbeds:
-    used = padded.any(dim=-1).nonzero()
-    length = int(used[-1]) + 1 if len(used) else 0
-    # A copy: a slice would keep the whole batch alive.
-    return padded[:length].clone()
 
 
 def _digest(embeds: Tensor) -> str:
