@@ -309,7 +309,9 @@ class LongLiveModule(LightningModule):
         on clips does not ask for, every rank makes the whole of them.
         """
         network, settings = self.trained_network, settings or self.rollout
-        rolled_out = network if self.adapter is None else AdaptedNetwork(network, self.adapter)
+        rolled_out = (
+            network if self.adapter is None else AdaptedNetwork(network, self.adapter, self.precision_of_network)
+        )
         sequence = ALONE if settings.chunk_frames % self.sequence.size else self.sequence
         return RolloutEngine(rolled_out, settings, self.schedule, sequence)
 
