@@ -119,7 +119,7 @@ def _run(name: str, command: _Command, arguments: list[str]) -> None:
 
     command_line = sys.argv
 
-    def task(config: "DictConfig") -> Any:
+    def task(config: "DictConfig") -> None:
         # Lightning's launcher starts its other ranks with this command line, so they must see it as it was given.
         sys.argv = command_line
         job = HydraConfig.get()
@@ -127,7 +127,7 @@ def _run(name: str, command: _Command, arguments: list[str]) -> None:
             config.directory = job.runtime.output_dir
         function: Callable[[DictConfig], Any] = getattr(importlib.import_module(command.module), command.function)
         try:
-            return function(config)
+            function(config)  # what it returns stays here: a launcher would send it back, with the whole network
         except ValueError as error:
             if not _is_ours(error):
                 raise

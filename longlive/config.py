@@ -46,7 +46,8 @@ def compose(name: str, overrides: Sequence[str] = (), extra_directory: str | Pat
         extra_directory: a user's own config folder, searched after ours.
 
     Raises:
-        ValueError: if an override or a file names a key, a group or an option that does not exist.
+        ValueError: if an override or a file names a key, a group or an option that does not exist, or a launcher is
+            told what it cannot take.
     """
     overrides = [_first_of_sweep(override) for override in overrides]
     config = _compose(name, overrides, extra_directory)
@@ -57,6 +58,9 @@ def compose(name: str, overrides: Sequence[str] = (), extra_directory: str | Pat
     for key in map(str, config):
         if key not in known:
             raise ValueError(f"unknown top-level key '{key}': {name}.yaml has none of that name{_nearest(key, known)}")
+    _check_launcher(config.hydra.launcher)
+    with open_dict(config):
+        del config["hydra"]
     return config
 
 
@@ -125,6 +129,7 @@ def _directories(extra_directory: str | Path | None) -> Iterator[Path]:
 
 
 def _compose(name: str, overrides: list[str], extra_directory: str | Path | None) -> DictConfig:
+    """With Hydra's own part."""
     # Hydra looks for the primary file in its first folder alone, for everything else in all of them.
     directories = sorted(
         _directories(extra_directory), key=lambda directory: not (directory / f"{name}.yaml").is_file()
@@ -133,11 +138,7 @@ def _compose(name: str, overrides: list[str], extra_directory: str | Path | None
     search_path = [f"hydra.searchpath=[{','.join(f'file://{directory}' for directory in others)}]"] if others else []
     with initialize_config_dir(config_dir=first, version_base="1.3"):
         try:
-            config = hydra_compose(name, [*search_path, *overrides], return_hydra_config=True)
-            _check_launcher(config.hydra.launcher)
-            with open_dict(config):
-                del config["hydra"]
-            return config
+            return hydra_compose(name, [*search_path, *overrides], return_hydra_config=True)
         except CompactHydraException as error:
             if "Could not find 'hydra/launcher/submitit" in str(error):
                 raise ValueError("launcher=slurm needs an extra: pip install 'longlive[slurm]'") from error
@@ -147,7 +148,8 @@ def _compose(name: str, overrides: list[str], extra_directory: str | Path | None
     # Composed once more without it, to learn which names there are.
     key = unknown[1]
     config = _compose(name, [other for other in overrides if _key(other) != key], extra_directory)
-    known = set(_dotted_keys(OmegaConf.to_container(config)))
+    is_hydras = key.startswith("hydra.")
+    known = {each for each in _dotted_keys(OmegaConf.to_container(config)) if each.startswith("hydra.") is is_hydras}
     raise ValueError(f"unknown key '{key}': {name}.yaml has none of that name{_nearest(key, known)}")
 
 
@@ -159,7 +161,7 @@ def _check_launcher(launcher: DictConfig) -> None:
         except ValidationError as error:
             raise ValueError(f"hydra.launcher.{key!s}: {str(error).splitlines()[0]}") from error
         except InterpolationToMissingValueError:
-            continue  # `check_complete` names what is missing
+            continue  # `check_complete` names what must be given
 
 
 def _key(override: str) -> str:
