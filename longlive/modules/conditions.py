@@ -61,6 +61,11 @@ class Conditions:
         """Given frames."""
         return 0 if self.given is None else self.given.shape[1]
 
+    @property
+    def starts(self) -> Float[Tensor, "b chunk"] | None:
+        """RoPE positions of the chunks' first frames; None: those of videos that begin here."""
+        return None if self.continued is None else self.continued.starts
+
     def with_past(self, clip: Latents) -> Latents:
         """A clip's frames, and before them the past ones."""
         return clip if self.continued is None else torch.cat([self.continued.past.latents.to(clip), clip], dim=1)

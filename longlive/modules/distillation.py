@@ -5,7 +5,8 @@ critic are all that learns.
 
 A step is one batch of prompts. The critic learns in every step, the student in every `student_every`-th, beginning with
 the first; each from a rollout of its own (`rollout.student`). Scoring is teacher forcing: the rollout, clean, is the
-history of its own noisy copy, seen through the rollout's window and sinks.
+history of its own noisy copy, seen through the rollout's window and sinks. With `streaming`, one rollout goes on from
+step to step, for videos that a step cannot hold (`streaming.py`).
 
 Lightning counts the critic's optimizer steps: `trainer.global_step` is the number of batches, and the student's turn
 follows from it. So a run that is killed anywhere in a cycle and resumed goes on as if nothing had happened: weights,
@@ -16,7 +17,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +33,10 @@ from longlive.data.batch import VideoBatch
 from longlive.data.prompt_batches import PromptBatch
 from longlive.models.visibility import Role
 from longlive.modules.base import OptimizerFactory
+from longlive.modules.conditions import Conditions
 from longlive.modules.roles import CRITIC, STUDENT, RoleName, RolesModule
+from longlive.modules.streaming import PURPOSE as STREAM
+from longlive.modules.streaming import Stream, StreamingSettings
 from longlive.objectives.dmd import (
     CountedFrames,
     Loss,
@@ -45,30 +50,10 @@ from longlive.objectives.dmd import (
 from longlive.objectives.pieces import HeldPieces
 from longlive.parallel.collectives import gather_parts
 from longlive.parallel.layout import check_rollout
+from longlive.rollout.state import RolloutState
 from longlive.rollout.student import Clip, StudentRollout
-from longlive.typing import Bool, Int, Latents, PerFrame, PromptEmbeds, Tensor
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What a batch asks for, on the module's device.
-
-    Attributes:
-        prompt_embeds, prompt_index: the distinct prompts, and which of them every chunk follows.
-        shot_index: shot of every chunk.
-        sample_ids: name the draws.
-        latent_shape: (channels, height, width).
-        given: first frames of the videos; None: none are given.
-        counts: which samples carry loss: those that all ranks of the sequence group read alike.
-    """
-
-    prompt_embeds: PromptEmbeds
-    prompt_index: Int[Tensor, "b chunk"]
-    shot_index: Int[Tensor, "b chunk"]
-    sample_ids: tuple[int, ...]
-    latent_shape: tuple[int, int, int]
-    given: Latents | None
-    counts: Bool[Tensor, " b"]
+from longlive.rollout.switches import count_switches
+from longlive.typing import Latents, PerFrame, Tensor
 
 
 class DistillationModule(RolesModule):
@@ -87,6 +72,8 @@ class DistillationModule(RolesModule):
         timestep_per_chunk: whether every chunk is scored at a timestep of its own, as image to video is.
         given_frames: first frames of a clip that the rollout is given: batches then bring clips. 1: image to video.
         max_gradient_norm: of each role; larger gradients are scaled down to it.
+        streaming: how long the videos are that are made clip by clip, a clip in a step; None: every rollout begins its
+            own, and is of the length that batches ask for.
         **base: see `LongLiveModule`; `rollout` is how the student rolls out: its few steps, without guidance.
 
     Raises:
@@ -107,6 +94,7 @@ class DistillationModule(RolesModule):
         timestep_per_chunk: bool = False,
         given_frames: int = 0,
         max_gradient_norm: float = 10.0,
+        streaming: StreamingSettings | None = None,
         **base: Any,
     ) -> None:
         super().__init__(
@@ -126,6 +114,8 @@ class DistillationModule(RolesModule):
         if not max_gradient_norm > 0:
             raise ValueError(f"max_gradient_norm={max_gradient_norm} must be positive; 10 is the source's")
         StudentRollout.check(self.rollout, exit_per)
+        if streaming is not None:
+            streaming.check(self.rollout, student_every)
         self.automatic_optimization = False
         self.make_critic_optimizer = critic_optimizer
         self.student_every = student_every
@@ -135,10 +125,14 @@ class DistillationModule(RolesModule):
         self.timestep_per_chunk = timestep_per_chunk
         self.given_frames = given_frames
         self.max_gradient_norm = max_gradient_norm
+        self.stream = None if streaming is None else Stream(streaming, self.rollout)
 
     def check_sequence(self) -> None:
-        """Raise the `ValueError` for ranks that cannot share a rollout, or that have no targets to score."""
+        """Raise the `ValueError` for ranks that cannot share a rollout, or that have no targets to score; with
+        streaming, for those whose checkpoint could not hold their streams."""
         size = self.sequence.size
+        if self.stream is not None and self._trainer is not None:
+            self.stream.check_strategy(self._trainer.strategy, self._trainer.world_size)
         check_rollout(self.chunk_frames, self.model_config.num_heads, size)
         if not all(self.sequence.layout(size).of_role(rank, Role.NOISY) for rank in range(size)):
             raise ValueError(
@@ -161,16 +155,19 @@ class DistillationModule(RolesModule):
         Returns:
             of the critic, what `LossBreakdown` breaks down; and under `values` what else is worth a curve, by name.
         """
-        conditions = self.conditions(batch)
+        conditions, step = self.conditions(batch), self.global_step
+        if self.stream is not None:
+            conditions = self.stream.next_clip(conditions, step, partial(self.start_rollout, conditions, STREAM))
         values: dict[str, float] = {}
-        step = self.global_step
-        if step % self.student_every == 0:
-            loss = self.learn(STUDENT, conditions, step, values)
-            values["student/distance_to_teacher"] = float(loss.frame_errors.mean())
-            if loss.prediction_errors is not None:
-                for name, errors in zip(("critic", "teacher"), loss.prediction_errors, strict=True):
-                    values[f"student/{name}_error"] = float(errors.mean())
-        loss = self.learn(CRITIC, conditions, step, values)
+        clip: Clip | None = None
+        for role in (STUDENT, CRITIC) if step % self.student_every == 0 else (CRITIC,):
+            if clip is None or self.stream is None:
+                start = time.perf_counter()
+                with torch.set_grad_enabled(role == STUDENT):
+                    clip = self.roll_out(role, conditions, step)
+                values[f"{role}/seconds_rollout"] = time.perf_counter() - start
+            loss = self.learn(role, clip.latents, conditions, step, values)
+            clip = replace(clip, latents=clip.latents.detach())
         for scheduler in self._schedulers():
             scheduler.step()
         pieces = self.pieces(conditions)
@@ -179,16 +176,19 @@ class DistillationModule(RolesModule):
             "frame_errors": loss.frame_errors,
             "timesteps": loss.timesteps,
             "scored": self.counted(conditions).frames,
-            "clip_position": (pieces.frames(Role.NOISY) / (pieces.num_chunks * self.chunk_frames)).to(self.device),
+            "clip_position": conditions.video_position(pieces.frames(Role.NOISY) / self.chunk_frames).to(self.device),
             "values": values,
         }
 
-    def learn(self, role: RoleName, conditions: Conditions, step: int, values: dict[str, float]) -> Loss:
-        """Roll out, score, and step the role's optimizer.
+    def learn(
+        self, role: RoleName, rollout: Latents, conditions: Conditions, step: int, values: dict[str, float]
+    ) -> Loss:
+        """Score a rollout, and step the role's optimizer.
 
         Args:
             role: `student` or `critic`.
-            conditions: of the batch.
+            rollout: the whole clip; of the student with its graph.
+            conditions: of the clip.
             step: names the draws.
             values: gets loss, gradient norm, seconds and the spread between samples, under names that begin with the
                 role's.
@@ -197,14 +197,11 @@ class DistillationModule(RolesModule):
             NonFiniteError: naming a role, if something is not finite.
         """
         start = time.perf_counter()
-        with torch.set_grad_enabled(role == STUDENT):
-            clip = self.roll_out(role, conditions, step)
-        rolled_out = time.perf_counter()
         if len(conditions.sample_ids) > 1:
-            values[f"{role}/diversity"] = float(clip.latents.detach().float().std(dim=0).mean())
+            values[f"{role}/diversity"] = float(rollout.detach().float().std(dim=0).mean())
         network = self.student if role == STUDENT else self.critic
         optimizer = self._optimizer(role)
-        loss = self.loss(role, clip.latents, conditions, step)
+        loss = self.loss(role, rollout, conditions, step)
         require_finite(loss.loss, role, "the loss")
         # Activation checkpointing runs the role's network again in backward.
         with network.active():
@@ -219,23 +216,45 @@ class DistillationModule(RolesModule):
         optimizer.zero_grad()
         values[f"{role}/loss"] = float(loss.loss.detach())
         values[f"{role}/gradient_norm"] = float(norm)
-        values[f"{role}/seconds_rollout"] = rolled_out - start
-        values[f"{role}/seconds_learning"] = time.perf_counter() - rolled_out
+        values[f"{role}/seconds_learning"] = time.perf_counter() - start
+        if role == STUDENT:
+            values["student/distance_to_teacher"] = float(loss.frame_errors.mean())
+        if loss.prediction_errors is not None:
+            for name, errors in zip(("critic", "teacher"), loss.prediction_errors, strict=True):
+                values[f"{role}/{name}_error"] = float(errors.mean())
         return loss
 
     def roll_out(self, role: RoleName, conditions: Conditions, step: int) -> Clip:
-        """What the student makes now, for a role to learn from."""
-        rollout = StudentRollout(self.rollout_engine(), self.exit_per)
-        state = rollout.start(
+        """What the student makes now, for a role to learn from; of a stream, the clip that the conditions ask for."""
+        if self.stream is not None:
+            return self.stream.roll_out(self.student_rollout, conditions)
+        state, c = self.start_rollout(conditions, f"{role}_rollout", step), conditions
+        return self.student_rollout.clip(state, c.prompt_embeds, c.prompt_index, c.shot_index, c.given, final=True)
+
+    @property
+    def student_rollout(self) -> StudentRollout:
+        """How the student rolls out."""
+        return StudentRollout(self.rollout_engine(), self.exit_per)
+
+    def start_rollout(self, conditions: Conditions, purpose: str, step: int) -> RolloutState:
+        """A rollout of the student that has made nothing yet; purpose and step name its draws."""
+        return self.student_rollout.start(
             conditions.latent_shape,
             seed=self.seed,
             sample_ids=conditions.sample_ids,
             max_chunks=conditions.shot_index.shape[1],
             step=step,
-            purpose=f"{role}_rollout",
+            purpose=purpose,
+            recaches=self.recaches(conditions),
         )
-        c = conditions
-        return rollout.clip(state, c.prompt_embeds, c.prompt_index, c.shot_index, c.given, final=True)
+
+    def recaches(self, conditions: Conditions) -> frozenset[int]:
+        """The chunks before which a cache is rebuilt on some rank: all must run the network equally often."""
+        if self.rollout.prompt_switch == "keep":
+            return frozenset()
+        here = count_switches(conditions.prompt_index.tolist(), conditions.shot_index.tolist())
+        anywhere = self.sum_over_ranks(torch.tensor(here, device=self.device))
+        return frozenset(anywhere.nonzero().flatten().tolist())
 
     def loss(self, role: RoleName, rollout: Latents, conditions: Conditions, step: int) -> Loss:
         """A role's loss on a rollout. To learn from something else, override this.
@@ -243,14 +262,14 @@ class DistillationModule(RolesModule):
         Args:
             role: `student` or `critic`.
             rollout: the whole clip; this rank's part of it is scored here.
-            conditions: of the batch.
+            conditions: of the clip.
             step: names the draws.
         """
         noising = self.noising(role, conditions, step)
-        history, frames = rollout.detach(), self.pieces(conditions).frames(Role.NOISY)
-        rollout = rollout[:, frames]
+        rollout, frames = conditions.with_past(rollout), self.pieces(conditions).frames(Role.NOISY)
+        history, rollout = rollout.detach(), rollout[:, frames]
         critic = self.score(self.critic, history, conditions)
-        common: dict[str, Any] = {"is_given": frames < self.given_frames if self.given_frames else None}
+        common: dict[str, Any] = {"is_given": frames < conditions.num_given if conditions.num_given else None}
         if role == CRITIC:
             return critic_loss(rollout, noising, self.counted(conditions), critic=critic, **common)
         unconditional = self.score(self.teacher, history, self.without_prompt(conditions)) if self.guidance else None
@@ -289,7 +308,8 @@ class DistillationModule(RolesModule):
     def pieces(self, conditions: Conditions) -> HeldPieces:
         """What this process scores of the clips, with the positions and the visibility of the rollout."""
         rule, offset = self.rollout.rule, self.rollout.shot_rope_offset
-        return HeldPieces(conditions.shot_index, self.chunk_frames, self.sequence, rule, offset)
+        shots, num_past, starts = conditions.shot_index, conditions.num_past, conditions.starts
+        return HeldPieces(shots, self.chunk_frames, self.sequence, rule, offset, num_past, starts)
 
     def conditions(self, batch: VideoBatch | PromptBatch) -> Conditions:
         """What a batch asks for.
@@ -336,7 +356,7 @@ class DistillationModule(RolesModule):
 
     def counted(self, conditions: Conditions) -> CountedFrames:
         """Which frames here carry loss: those that were not given, of samples that count."""
-        frames = self.pieces(conditions).frames(Role.NOISY) >= self.given_frames
+        frames = self.pieces(conditions).frames(Role.NOISY) >= conditions.num_given
         frames = (frames & conditions.counts[:, None]).to(self.device)
         world_size = self.trainer.world_size if self._trainer is not None else 1
         return CountedFrames(frames, self.sum_over_ranks(frames.sum().float()), world_size)
@@ -344,6 +364,16 @@ class DistillationModule(RolesModule):
     def average_moves(self, step: int) -> bool:
         """Whether the student learned in the step that made the count of steps `step`."""
         return (step - 1) % self.student_every == 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.stream is not None:
+            checkpoint["stream"] = self.stream.state_dict(like=next(self.trained_network.parameters()))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.stream is not None:
+            self.stream.load_state_dict(checkpoint.get("stream"))
 
     def _optimizer(self, role: RoleName) -> Any:
         optimizers: Any = self.optimizers()

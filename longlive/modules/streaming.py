@@ -37,11 +37,13 @@ from math import gcd
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import Strategy
 
 from longlive.models.visibility import visible_history
 from longlive.modules.conditions import Conditions, Continued
 from longlive.parallel.checkpoint_directory import map_tensors
 from longlive.parallel.rows import of_all_ranks, over_ranks
+from longlive.parallel.strategy import ShardedStrategy
 from longlive.rollout.settings import RolloutSettings
 from longlive.rollout.sinks import absolute_position, relative_positions
 from longlive.rollout.state import Past, RolloutState
@@ -120,6 +122,20 @@ class Stream:
         self.rollout = rollout
         self.state: RolloutState | None = None
         self._stored: Mapping[str, Any] | None = None
+
+    def check_strategy(self, strategy: Strategy, world_size: int) -> None:
+        """Raise the `ValueError` for ranks that cannot score a clip, or whose checkpoints lack some of the streams."""
+        if isinstance(strategy, ShardedStrategy):
+            if strategy.sequence.size > 1:
+                raise ValueError(
+                    f"sequence_parallel_size={strategy.sequence.size}: a clip of a stream is scored on one rank, with "
+                    "the past that it sees; use strategy=fsdp, or module.streaming=null"
+                )
+        elif world_size > 1:
+            raise ValueError(
+                f"streams on {world_size} devices need strategy=fsdp: the checkpoints of "
+                f"{type(strategy).__name__} would hold those of one device"
+            )
 
     def next_clip(self, videos: Conditions, step: int, start: StartRollout) -> Conditions:
         """What the next clip is asked for, and with which past.

@@ -83,14 +83,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_weights_and_config(path: str | Path) -> dict[str, Any]:
-    """A checkpoint as `load_checkpoint` reads it, without the optimizers' states, which are most of it and are not
-    read; the tensors of a file are mapped into memory.
+    """A checkpoint as `load_checkpoint` reads it, without what only a run that goes on needs and most of it is: the
+    optimizers' states and a rollout's cache are not read. The tensors of a file are mapped into memory.
 
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint`.
     """
     path = existing(path)
-    skipped = ("optimizer_states",)
+    skipped = ("optimizer_states", "stream")
     tree = read_whole(path, skipped) if path.is_dir() else read_tree(path)
     return {key: value for key, value in tree.items() if key not in skipped}
 

@@ -27,6 +27,12 @@ def switches(chunk: int, prompts: Sequence[int], shot_index: Sequence[int]) -> b
     return prompts[chunk] != prompts[chunk - 1] and not after_cut
 
 
+def count_switches(prompts: Sequence[Sequence[int]], shot_index: Sequence[Sequence[int]]) -> list[int]:
+    """At every chunk, how many of the samples switch; arguments as `switches`, per sample."""
+    rows = list(zip(prompts, shot_index, strict=True))
+    return [sum(switches(chunk, *row) for row in rows) for chunk in range(len(prompts[0]))]
+
+
 def cached_prompts(chunk: int, prompts: Sequence[int], shot_index: Sequence[int]) -> list[int]:
     """The prompts that the chunks before `chunk` are cached under when it begins, if the cache is rebuilt at switches.
 
