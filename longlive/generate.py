@@ -36,7 +36,7 @@ from longlive.data.prompts import StoryPrompt
 from longlive.data.requests import VideoRequest, read_requests
 from longlive.data.video import open_video
 from longlive.data.video_writer import write_mp4
-from longlive.modules.base import codec_device, to_unit_range
+from longlive.modules.base import codec_device
 from longlive.precision.auto import autocast_context
 from longlive.precision.nvfp4.linear import NVFP4Linear
 from longlive.precision.nvfp4.plugin import NVFP4Precision
@@ -72,7 +72,8 @@ def generate(config: DictConfig) -> dict[str, Any]:
     training = trained.config["data"]
     # Checkpoints from before there was a phrase were trained without.
     scene_cut_phrase = training.get("scene_cut_phrase", "")
-    stories = [story_of(request, settings, config.num_frames, training["num_frames"]) for request in requests]
+    told = [request.story if config.scene_cuts else replace(request.story, scene_cuts=False) for request in requests]
+    stories = [story_of(story, settings, config.num_frames, training["num_frames"]) for story in told]
     chunks = [story.chunks(scene_cut_phrase) for story in stories]
     lengths = [len(prompts) for prompts, _ in chunks]
     num_frames = sorted({length * settings.chunk_frames for length in lengths})
@@ -203,13 +204,11 @@ def requests_of(config: DictConfig) -> list[VideoRequest]:
     return read_requests(prompts, config.image)
 
 
-def story_of(
-    request: VideoRequest, settings: RolloutSettings, num_frames: int | None, usual_frames: int
-) -> StoryPrompt:
+def story_of(story: StoryPrompt, settings: RolloutSettings, num_frames: int | None, usual_frames: int) -> StoryPrompt:
     """What a video shows, with the durations of its shots.
 
     Args:
-        request: as asked for.
+        story: as asked for.
         settings: of the rollout.
         num_frames: how long the video has to be; None: as long as its story says.
         usual_frames: how long, if that says nothing.
@@ -217,7 +216,6 @@ def story_of(
     Raises:
         ValueError: if the story does not fit a video of that length.
     """
-    story = request.story
     if num_frames is None and story.durations is not None:
         return story
     return story.over(settings.num_chunks(num_frames or usual_frames))

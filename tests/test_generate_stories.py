@@ -17,7 +17,7 @@ from longlive.config import compose
 from longlive.data.requests import VideoRequest
 from longlive.data.toyworld import random_prompts, random_scene, render
 from longlive.generate import requests_of
-from longlive.modules.base import to_unit_range
+from longlive.codecs.base import to_unit_range
 from longlive.rollout.video import to_uint8
 
 
@@ -31,7 +31,7 @@ def calls(monkeypatch) -> list[SimpleNamespace]:
     return note_calls(monkeypatch)
 
 
-STORY = {"name": "b", "captions": ["a red circle", "a blue square"], "durations": [2, 1]}
+STORY = {"name": "b", "captions": ["a red circle", "a blue square"], "durations": [2, 1], "scene_cuts": True}
 PHRASE = "The scene transitions. "
 
 

@@ -114,6 +114,25 @@ class PositionBatches(Sampler[list[int]]):
             first += global_batch
 
 
+class RepeatedBatches(Sampler[list[int]]):
+    """Every batch of another sampler several times in a row.
+
+    Args:
+        batches: the other sampler.
+        times: how often each comes.
+        before: asked at the beginning of every iteration: how often the first one came before it.
+    """
+
+    def __init__(self, batches: Sampler[list[int]], times: int, before: Callable[[], int]) -> None:
+        self.batches, self.times, self.before = batches, times, before
+
+    def __iter__(self) -> Iterator[list[int]]:
+        came = self.before()
+        for batch in self.batches:
+            yield from [batch] * (self.times - came)
+            came = 0
+
+
 class FinitePositionBatches(Sampler[list[int]]):
     """The batches that cover `num_samples` positions.
 

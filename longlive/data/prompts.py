@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,11 +29,13 @@ class StoryPrompt:
         name: of the video.
         captions: of its shots, in order.
         durations: chunks of every shot; None: all shots last as long, or nearly, and together what the video does.
+        scene_cuts: whether they are shots; else the captions are prompts that follow one another within one shot.
     """
 
     name: str
     captions: tuple[str, ...]
     durations: tuple[int, ...] | None = None
+    scene_cuts: bool = True
 
     def __post_init__(self) -> None:
         if not self.captions or not all(caption.strip() for caption in self.captions):
@@ -64,7 +66,7 @@ class StoryPrompt:
                 )
             borders = [shot * num_chunks // count for shot in range(count + 1)]
             lengths = tuple(stop - start for start, stop in pairwise(borders))
-            return StoryPrompt(self.name, self.captions, lengths)
+            return replace(self, durations=lengths)
         if self.num_chunks != num_chunks:
             raise ValueError(
                 f"the shots of story {self.name!r} last {' + '.join(map(str, self.durations))} = {self.num_chunks} "
@@ -80,7 +82,11 @@ class StoryPrompt:
         """
         if self.durations is None:
             raise ValueError(f"story {self.name!r} says no durations; choose them with over(num_chunks)")
-        return chunk_prompts(list(zip(self.captions, self.durations, strict=True)), scene_cut_phrase)
+        captions = list(zip(self.captions, self.durations, strict=True))
+        if self.scene_cuts:
+            return chunk_prompts(captions, scene_cut_phrase)
+        prompts, _ = chunk_prompts(captions, scene_cut_phrase="")
+        return prompts, (0,) * len(prompts)
 
 
 def read_case(folder: Path) -> StoryPrompt:

@@ -92,9 +92,9 @@ class RunState:
 
     @property
     def clips_per_step(self) -> int | None:
-        """Over all ranks; None if it changed in the run, or is not known."""
-        newest = self.newest
-        if newest is None or not newest.step or newest.samples_consumed is None:
+        """Over all ranks; None if it changed in the run, is not known, or steps make parts of videos."""
+        newest, streamed = self.newest, self.config.get("data", {}).get("clip_frames") is not None
+        if streamed or newest is None or not newest.step or newest.samples_consumed is None:
             return None
         clips, rest = divmod(newest.samples_consumed, newest.step)
         return None if rest else clips

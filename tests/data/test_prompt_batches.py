@@ -46,7 +46,7 @@ def test_ranks_share_the_order_and_a_resumed_run_goes_on_in_it(data_size: int) -
     before, after = [], []
     for rank in range(data_size):
         before += batches(module(data_rank=rank, data_size=data_size), 2 // data_size)
-    position = {"samples_consumed": 4, "num_batches": 2 // data_size}
+    position = {"samples_consumed": 4, "clips_trained": 0, "num_batches": 2 // data_size}
     for rank in range(data_size):
         resumed = module(data_rank=rank, data_size=data_size)
         resumed.load_state_dict(position)
@@ -55,10 +55,25 @@ def test_ranks_share_the_order_and_a_resumed_run_goes_on_in_it(data_size: int) -
     assert seen(before) + seen(after) == whole
 
 
+def test_a_batch_comes_for_every_clip_of_its_videos_and_a_resumed_run_goes_on_in_them() -> None:
+    """Three clips each: at a position that counts batches alone, a resumed stream would get other prompts."""
+    clips = {"clip_frames": 4}
+    whole = [batch.sample_ids.tolist() for batch in batches(module(**clips), 8)]
+    assert whole == [[0, 1]] * 3 + [[2, 3]] * 3 + [[4, 5]] * 2
+    resumed = module(**clips)
+    resumed.load_state_dict({"samples_consumed": 2, "clips_trained": 1, "num_batches": 4})
+    assert [batch.sample_ids.tolist() for batch in batches(resumed, 4)] == whole[4:]
+    resumed._num_trained_batches = lambda: 6  # type: ignore[method-assign]
+    assert resumed.state_dict() == {"samples_consumed": 4, "clips_trained": 0, "num_batches": 6}
+
+
 def test_stories_are_cut_as_they_say() -> None:
     (batch,) = batches(module([STORY], batch_size=1, scene_cut_phrase="Cut! "), 1)
     assert batch.prompts == (("a cat", "Cut! a dog", "a dog"),)
     assert torch.equal(batch.shot_index, torch.tensor([[0, 1, 1]]))
+    (uncut,) = batches(module([STORY], batch_size=1, scene_cut_phrase="Cut! ", scene_cuts=False), 1)
+    assert uncut.prompts == (("a cat", "a dog", "a dog"),)
+    assert not uncut.shot_index.any()
     assert (batch.batch_size, batch.height, batch.width) == (1, 32, 48)
     assert batch.to("cpu") is batch
 
@@ -70,6 +85,7 @@ def test_stories_are_cut_as_they_say() -> None:
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_frames": 10}, "num_frames=10 is no positive multiple of chunk_frames=4; use 8 or 12"),
         ({"prompts": [STORY], "num_frames": 8}, "story"),
+        ({"clip_frames": 8}, "clip_frames=8 does not divide num_frames=12"),
     ],
     ids=str,
 )
