@@ -28,7 +28,7 @@ from rich.table import Table
 
 from longlive import __version__
 from longlive.callbacks.sample_video import slug
-from longlive.codecs.base import VideoCodec, num_raw_frames
+from longlive.codecs.base import VideoCodec, num_raw_frames, to_unit_range
 from longlive.config import instantiate, to_plain
 from longlive.data.atomic import write_aside
 from longlive.data.contact_sheet import write_contact_sheet

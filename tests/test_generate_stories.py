@@ -12,12 +12,12 @@ from PIL import Image
 
 from helpers.generating import make, note_calls, read, train_visibly
 from helpers.runs import checkpoint
+from longlive.codecs.base import to_unit_range
 from longlive.codecs.dct import DCTCodec
 from longlive.config import compose
 from longlive.data.requests import VideoRequest
 from longlive.data.toyworld import random_prompts, random_scene, render
 from longlive.generate import requests_of
-from longlive.codecs.base import to_unit_range
 from longlive.rollout.video import to_uint8
 
 

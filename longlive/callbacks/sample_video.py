@@ -24,12 +24,12 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from longlive.callbacks.ema import EMA
-from longlive.codecs.base import num_raw_frames
+from longlive.codecs.base import num_raw_frames, to_unit_range
 from longlive.data.prompts import StoryPrompt
 from longlive.data.requests import VideoRequest
 from longlive.data.shots import SCENE_CUT_PHRASE
 from longlive.data.video_writer import write_mp4
-from longlive.modules.base import LongLiveModule, to_unit_range
+from longlive.modules.base import LongLiveModule
 from longlive.parallel.strategy import ShardedStrategy
 from longlive.rollout.video import generate_videos
 from longlive.typing import RawFrames, Tensor, UInt8

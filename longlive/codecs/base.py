@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from longlive.typing import Latents, Tensor, Video
+from longlive.typing import Latents, RawFrames, Tensor, Video
 
 
 def num_raw_frames(num_frames: int, temporal_ratio: int) -> int:
@@ -34,6 +34,11 @@ def num_frames(num_raw_frames: int, temporal_ratio: int) -> int:
             f"{temporal_ratio} needs; use {lower} or {lower + temporal_ratio}"
         )
     return 1 + (num_raw_frames - 1) // temporal_ratio
+
+
+def to_unit_range(raw_frames: RawFrames) -> Video:
+    """uint8 pixels to [-1, 1], float32."""
+    return raw_frames.float().div_(127.5).sub_(1)
 
 
 class StreamDecoder(ABC):

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from longlive.adapters.adapted import AdaptedNetwork
 from longlive.adapters.lora import LoRASettings, add_adapter, initialise_adapter, train_only
-from longlive.codecs.base import VideoCodec
+from longlive.codecs.base import VideoCodec, to_unit_range
 from longlive.data.batch import VideoBatch
 from longlive.data.sample import ClipWindow
 from longlive.diffusion.schedule import FlowSchedule
@@ -46,11 +46,6 @@ from longlive.typing import Bool, Int, Latents, PromptEmbeds, RawFrames, Tensor,
 
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
 LearningRateFactory = Callable[[Optimizer], LRScheduler]
-
-
-def to_unit_range(raw_frames: RawFrames) -> Video:
-    """uint8 pixels to [-1, 1], float32."""
-    return raw_frames.float().div_(127.5).sub_(1)
 
 
 class LongLiveModule(LightningModule):

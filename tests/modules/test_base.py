@@ -13,11 +13,12 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from helpers.distributed import run_on_ranks
+from longlive.codecs.base import to_unit_range
 from longlive.codecs.wan import WanVideoCodec
 from longlive.data.batch import VideoBatch
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.weights import save_weights
-from longlive.modules.base import LongLiveModule, codec_device, to_unit_range
+from longlive.modules.base import LongLiveModule, codec_device
 from longlive.modules.teacher_forcing import TeacherForcingModule
 from longlive.rollout.engine import RolloutSettings
 from longlive.text.toy import ToyTextEncoder

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from longlive.codecs.base import to_unit_range
 from longlive.codecs.wan import WanVideoCodec
 from longlive.diffusion.schedule import FlowSchedule
 from longlive.models.wan.model import CausalWan
-from longlive.modules.base import to_unit_range
 from longlive.rollout.engine import ChunkReport, RolloutEngine, RolloutSettings
 from longlive.rollout.video import Timings, generate_videos, to_uint8
 from longlive.text.toy import ToyTextEncoder
