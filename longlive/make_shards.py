@@ -1,4 +1,7 @@
-"""`longlive shards`: the clips of a source, written as WebDataset shards with an index beside them."""
+"""`longlive shards`: the clips of a source as shards of videos (`stage=write`), and those as shards of latents
+(`stage=encode`)."""
+
+from __future__ import annotations
 
 from omegaconf import DictConfig
 
@@ -13,6 +16,12 @@ def make_shards(config: DictConfig) -> None:
         ValueError: if a setting is wrong, or the directory holds shards of other settings.
         UnreadableClipError: with `strict`, at the first clip that cannot be read; always, if none can be.
     """
+    if config.stage == "encode":
+        # Here, because what a training is made of takes seconds to import.
+        from longlive.encode_shards import encode_shards
+
+        encode_shards(config)
+        return
     index = write_shards(
         instantiate(config.source),
         config.directory,

@@ -22,7 +22,7 @@ LEVELS = (
     ("modules",),
     ("callbacks", "metrics"),
     ("config",),
-    ("trained",),
+    ("trained", "encode_shards"),
     ("train", "generate", "export", "make_shards", "doctor"),
     ("cli",),
 )
@@ -38,10 +38,10 @@ TOP_LEVEL = {
 GENERATED = {"runs", "dist", "build", ".git", ".venv", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
 
 MAX_LINES = 420
-PRINTING = {"cli", "doctor", "export", "generate", "make_shards", "train"}
+PRINTING = {"cli", "doctor", "encode_shards", "export", "generate", "make_shards", "train"}
 TELL_THEIR_CHILDREN = {"longlive.parallel.launcher"}
 """Pass a value to processes that they start, by the environment; nobody sets it by hand."""
-KNOW_CONFIGS = {"config", "trained", "cli", "doctor", "export", "generate", "make_shards", "train"}
+KNOW_CONFIGS = {"config", "trained", "cli", "doctor", "encode_shards", "export", "generate", "make_shards", "train"}
 
 FORBIDDEN_IMPORTS = {
     "data": {"torch.distributed"},

@@ -19,6 +19,7 @@ from helpers.runs import write_toyworld
 from helpers.videos import encode, numbered_frames
 from longlive.callbacks.checkpoint import RunCheckpoint
 from longlive.callbacks.ema import EMA
+from longlive.codecs.base import to_unit_range
 from longlive.codecs.wan import WanVideoCodec
 from longlive.config import check_complete, compose, config_directory, instantiate, to_plain
 from longlive.data.datamodule import VideoDataModule
@@ -27,7 +28,7 @@ from longlive.doctor.plan import Machine, make_plan
 from longlive.doctor.plan_config import codec_of, module_of
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
-from longlive.modules.base import LongLiveModule, to_unit_range
+from longlive.modules.base import LongLiveModule
 from longlive.rollout.engine import RolloutSettings
 from longlive.train import make_trainer
 
@@ -36,7 +37,11 @@ PRIMARY = {path.stem for path in CONF.glob("*.yaml")}
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 LARGE = [name for name in EXPERIMENTS if name.startswith("wan5b")]
 """Experiments of the 5B model, which no test allocates."""
-OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "experiment")
+OF_THE_WHOLE = {"experiment", "stage"}
+"""Groups whose files write at the top level."""
+OPTIONS = sorted(
+    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in OF_THE_WHOLE
+)
 OTHER_COMMAND = {"source": "shards", "prompt_set": "generate", "metric": "generate", "format": "export"}
 """Groups of another primary file than `train.yaml`."""
 OF_PROMPTS = {name for name in EXPERIMENTS if "distill" in name}
@@ -61,6 +66,7 @@ def folders(tmp_path_factory) -> dict[tuple[str, str], str]:
     return {
         ("codec", "wan"): f"codec.folder={codec}",
         ("source", "folder"): f"source.path={source}",
+        ("source", "shards"): f"source.path={source}",
         ("text", "umt5"): f"text.encoder.folder={text}",
     }
 

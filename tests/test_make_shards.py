@@ -9,8 +9,8 @@ from longlive.make_shards import make_shards
 
 def config(directory: Path, **changes: object) -> DictConfig:
     source = {"_target_": "longlive.data.toyworld.ToyWorldSource", "num_clips": 3, "num_raw_frames": 5}
-    settings = {"source": source, "directory": str(directory), "clips_per_shard": 2, "quality": 18, "strict": False}
-    return OmegaConf.create(settings | changes)
+    settings = {"stage": "write", "source": source, "directory": str(directory), "clips_per_shard": 2, "quality": 18}
+    return OmegaConf.create(settings | {"strict": False} | changes)
 
 
 def test_a_configured_source_becomes_shards_and_a_second_run_leaves_them_alone(tmp_path, capsys):

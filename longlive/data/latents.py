@@ -34,6 +34,7 @@ from longlive.typing import Float, Tensor
 
 LATENTS, PROMPT_EMBEDS = "latents.safetensors", "prompt_embeds.safetensors"
 FORMAT = 1
+_DESCRIPTION = "longlive"
 
 
 @runtime_checkable
@@ -140,8 +141,8 @@ def latents_name(epoch: int) -> str:
 
 def pack_latents(latents: Float[Tensor, "f c h w"], plan: ClipPlan) -> bytes:
     """The member with a clip's latents."""
-    described = {"prompts": plan.prompts, "shot_index": plan.shot_index, "num_valid_frames": plan.num_valid_frames}
-    return save({"latents": latents}, {name: json.dumps(value) for name, value in described.items()})
+    clip = {"prompts": plan.prompts, "shot_index": plan.shot_index, "num_valid_frames": plan.num_valid_frames}
+    return _pack({"latents": latents.contiguous()}, clip)
 
 
 def prompts_of(plans: Sequence[ClipPlan]) -> list[str]:
@@ -152,7 +153,7 @@ def prompts_of(plans: Sequence[ClipPlan]) -> list[str]:
 def pack_prompt_embeds(embeds: Mapping[str, Float[Tensor, "token d"]]) -> bytes:
     """The member with prompts' embeddings."""
     tensors = {str(number): tokens.contiguous() for number, tokens in enumerate(embeds.values())}
-    return save(tensors, {"prompts": json.dumps(list(embeds))})
+    return _pack(tensors, {"prompts": list(embeds)})
 
 
 def unpack_sample(
@@ -167,7 +168,7 @@ def unpack_sample(
     if missing := [name for name in names if name not in members]:
         raise UnreadableSampleError(f"it has no {' and no '.join(missing)}: its video could not be read")
     try:
-        (stored, clip), (embeds, texts) = (_read(members[name]) for name in names)
+        (stored, clip), (embeds, texts) = (_unpack(members[name]) for name in names)
         latents: Tensor = stored["latents"]
         if len(latents) != spec.num_frames:
             raise UnreadableSampleError(f"it has latents of {len(latents)} frames, not {spec.num_frames}")
@@ -185,11 +186,15 @@ def unpack_sample(
         raise UnreadableSampleError(f"{type(error).__name__}: {error}") from error
 
 
-def _read(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata. (The library reads the metadata of files alone.)"""
+def _pack(tensors: dict[str, Tensor], described: Mapping[str, Any]) -> bytes:
+    # In one field: the library writes several in any order, and equal work would give other bytes.
+    return save(tensors, {_DESCRIPTION: json.dumps(described)})
+
+
+def _unpack(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and their description. (The library reads the metadata of files alone.)"""
     length = int.from_bytes(content[:8], "little")
-    metadata: Mapping[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
-    return load(content), {name: json.loads(value) for name, value in metadata.items()}
+    return load(content), json.loads(json.loads(content[8 : 8 + length])["__metadata__"][_DESCRIPTION])
 
 
 def _clip_settings(spec: ClipSpec) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from longlive.precision.plugin import LinearPrecision
 from longlive.rollout.engine import RolloutEngine, RolloutSettings
 from longlive.text.base import TextEncoder, TokenEmbeds, with_padding
 from longlive.text.cache import unique_prompts
-from longlive.typing import Bool, Int, Latents, PromptEmbeds, RawFrames, Tensor, Video
+from longlive.typing import Bool, Int, Latents, PromptEmbeds, Tensor
 
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
 LearningRateFactory = Callable[[Optimizer], LRScheduler]

@@ -1,0 +1,209 @@
+"""`longlive shards stage=encode`: clips are encoded before a training instead of during it.
+
+Settings of clips, codec, text encoder and seed are those of a training (`experiment=...`), and so are the results, bit
+by bit on equal hardware and libraries. The work is divided twice: among tasks that know nothing of each other
+(`encode.task_index` of `encode.num_tasks`, on any machines that see the directory), and among the processes of each of
+them (`encode.num_processes`), one device each. Whoever encodes the last shard finishes the set.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from longlive.callbacks.provenance import versions
+from longlive.codecs.base import VideoCodec, to_unit_range
+from longlive.config import instantiate, to_plain
+from longlive.data.datamodule import VideoDataModule
+from longlive.data.latent_shards import LatentShards, Share, VideoShards
+from longlive.data.latents import LatentSettings
+from longlive.data.shard_index import ShardIndex
+from longlive.text.base import TextEncoder, TokenEmbeds, without_padding
+from longlive.typing import Float, Tensor, UInt8
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PACKAGES = ("longlive", "torch", "diffusers", "transformers", "av")
+"""Whose versions may change the bits of latents and embeddings. A set is encoded by one version of each."""
+POLL_SECONDS = 0.5
+
+
+class OnlineEncoder:
+    """Encodes as a training module does, in pieces.
+
+    Args:
+        codec: on the device that encodes.
+        text_encoder: frozen, like the codec.
+        device: where the codec is.
+        dtype: of the latents; a training makes float32.
+    """
+
+    def __init__(self, codec: VideoCodec, text_encoder: TextEncoder, device: torch.device, dtype: torch.dtype) -> None:
+        self.codec, self.text_encoder = codec, text_encoder
+        self.device, self.dtype = device, dtype
+
+    @torch.no_grad()
+    def latents(self, pieces: Iterable[UInt8[Tensor, "t 3 H W"]]) -> Float[Tensor, "f c h w"]:
+        encoder = self.codec.stream_encoder()
+        parts = [encoder.push(to_unit_range(piece[None].to(self.device))).float() for piece in pieces]
+        return torch.cat(parts, dim=1)[0].to("cpu", self.dtype)
+
+    @torch.no_grad()
+    def prompt_embeds(self, prompts: Sequence[str]) -> dict[str, TokenEmbeds]:
+        embeds = self.text_encoder.encode(prompts).cpu()
+        return {prompt: without_padding(padded) for prompt, padded in zip(prompts, embeds, strict=True)}
+
+
+def encode_shards(config: DictConfig) -> None:
+    """Encode this task's share of the shards of `config.source`.
+
+    Raises:
+        ValueError: if a setting is wrong, or the directory holds something else; before any work.
+        FileNotFoundError: if videos are missing.
+        UnreadableClipError: with `strict`, at the first clip that cannot be read; always, if none can be.
+    """
+    settings = config.encode
+    task, num_processes = Share(settings.task_index, settings.num_tasks), settings.num_processes
+    if num_processes < 1:
+        raise ValueError(f"encode.num_processes={num_processes} must be at least 1")
+    device = _device(settings.device, settings.first_gpu)
+    num_gpus = torch.cuda.device_count()
+    if device.type == "cuda" and num_processes != num_gpus:
+        log.info("%d GPUs are here; encode.num_processes=%d uses all", num_gpus, num_gpus)
+    shards, encoder = _open(config, device)
+    index = shards.finished()
+    if index is None:
+        num_shards = len(shards.reader.shards)
+        mine = [
+            shard for process in range(num_processes) for shard in _share(task, process, num_processes).of(num_shards)
+        ]
+        num_clips = sum(len(shards.reader.shards[shard][1]) for shard in mine)
+        with _progress(f"{len(mine)} of {num_shards} shards", num_clips) as (bar, bar_task):
+            if num_processes == 1:
+                index = shards.encode(
+                    encoder,
+                    task,
+                    piece_frames=settings.piece_frames,
+                    strict=config.strict,
+                    advance=lambda clips: bar.advance(bar_task, clips),
+                )
+            else:
+                del encoder
+                _in_processes(config, lambda clips: bar.update(bar_task, completed=clips))
+                index = shards.finished()
+    print(_report(config.directory, shards, index))
+
+
+def _share(task: Share, process: int, num_processes: int) -> Share:
+    """Of a process of a task, among all processes of all tasks."""
+    return Share(task.index * num_processes + process, task.count * num_processes)
+
+
+def _device(device: str, gpu: int) -> torch.device:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"encode.device={device!r} is unknown; use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("encode.device=cuda, but PyTorch finds no GPU here; use encode.device=cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", gpu % torch.cuda.device_count())
+
+
+def _open(config: DictConfig, device: torch.device) -> tuple[LatentShards, OnlineEncoder]:
+    """The set to write and what encodes, all settings checked."""
+    settings = config.encode
+    if settings.dtype not in DTYPES:
+        raise ValueError(f"encode.dtype={settings.dtype!r} is unknown; use {' or '.join(DTYPES)}")
+    if settings.epochs < 1:
+        raise ValueError(f"encode.epochs={settings.epochs} must be at least 1")
+    source = instantiate(config.source)
+    if not isinstance(source, VideoShards):
+        raise ValueError(
+            f"stage=encode takes shards of videos, not a {type(source).__name__}; write its shards first "
+            "(stage=write), then source=shards source.path=..."
+        )
+    if config.data.get("train") != config.source.path:
+        raise ValueError(f"data.train={config.data.get('train')} is not what is encoded; give source.path alone")
+    data = instantiate(config.data)
+    if not isinstance(data, VideoDataModule):
+        raise ValueError(f"data is a {type(data).__name__}, which reads no clips; there is nothing to encode")
+    codec: VideoCodec = instantiate(config.codec)
+    text_encoder: TextEncoder = instantiate(config.text)
+    codec.check_size(data.spec.height, data.spec.width)
+    if data.spec.temporal_ratio != codec.temporal_ratio:
+        raise ValueError(
+            f"data.temporal_ratio={data.spec.temporal_ratio}, but the codec's is {codec.temporal_ratio}; "
+            f"use data.temporal_ratio={codec.temporal_ratio}"
+        )
+    latents = LatentSettings.of(
+        data.spec,
+        seed=data.seed,
+        num_epochs=settings.epochs,
+        dtype=settings.dtype,
+        codec=codec.fingerprint,
+        text_encoder=text_encoder.fingerprint,
+        device=device.type,
+        versions={name: version for name, version in versions().items() if name in PACKAGES},
+    )
+    shards = LatentShards(source.open(data.spec, data.seed), config.directory, latents)
+    codec = codec.eval().requires_grad_(False).to(device)
+    return shards, OnlineEncoder(codec, text_encoder, device, DTYPES[settings.dtype])
+
+
+def _in_processes(config: DictConfig, show: Callable[[int], None]) -> None:
+    """Run the task's processes to their end; an error of one ends all."""
+    num_processes = config.encode.num_processes
+    num_clips: Any = multiprocessing.get_context("spawn").Array("q", num_processes)
+    context = torch.multiprocessing.spawn(
+        _process, args=(to_plain(config), num_clips), nprocs=num_processes, join=False
+    )
+    assert context is not None
+    while not context.join(timeout=POLL_SECONDS):
+        show(sum(num_clips))
+    show(sum(num_clips))
+
+
+def _process(process: int, config: dict[str, Any], num_clips: Any) -> None:
+    """One of them."""
+    settings = OmegaConf.create(config)
+    device = _device(settings.encode.device, settings.encode.first_gpu + process)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    shards, encoder = _open(settings, device)
+
+    def advance(clips: int) -> None:
+        num_clips[process] += clips
+
+    shards.encode(
+        encoder,
+        _share(Share(settings.encode.task_index, settings.encode.num_tasks), process, settings.encode.num_processes),
+        piece_frames=settings.encode.piece_frames,
+        strict=settings.strict,
+        advance=advance,
+    )
+
+
+@contextmanager
+def _progress(what: str, num_clips: int) -> Iterator[tuple[Progress, Any]]:
+    """A bar that counts clips, those of finished shards at once, and their speed since the start."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("clips,"))
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("left")) as bar:
+        yield bar, bar.add_task(f"encoding {what}", total=num_clips)
+
+
+def _report(directory: str, shards: LatentShards, index: ShardIndex | None) -> str:
+    if index is None:
+        writer = shards.writer
+        return (
+            f"this task's shards are in {directory}, {writer.num_written()} of all {writer.num_shards}; the task that "
+            "encodes the last one finishes the set"
+        )
+    return f"latents of {len(index.samples) - len(index.skipped)} clips in {directory}, {len(index.skipped)} unreadable"
