@@ -318,6 +318,17 @@ class LongLiveModule(LightningModule):
         """This module's weights as another run stored them: its own frozen ones where it stored none."""
         return with_frozen(self, stored)
 
+    def linear_precisions(self) -> list[LinearPrecision]:
+        """The plugins that the networks' linear layers follow."""
+        plugin = None if self._trainer is None else self._trainer.precision_plugin
+        return [plugin] if isinstance(plugin, LinearPrecision) else []
+
+    def place_tokens(self, positions: Int[Tensor, "b l"]) -> None:
+        """Number the tokens that the next backward goes through, in the network's order, for what is random there: the
+        same number for a token whichever rank has it."""
+        for plugin in self.linear_precisions():
+            plugin.place_tokens(positions.to(self.device))
+
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum over all ranks; with one rank, the values."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -53,7 +53,7 @@ from longlive.parallel.layout import check_rollout
 from longlive.rollout.state import RolloutState
 from longlive.rollout.student import Clip, StudentRollout
 from longlive.rollout.switches import count_switches
-from longlive.typing import Latents, PerFrame, Tensor
+from longlive.typing import Int, Latents, PerFrame, Tensor
 
 
 class DistillationModule(RolesModule):
@@ -203,6 +203,7 @@ class DistillationModule(RolesModule):
         optimizer = self._optimizer(role)
         loss = self.loss(role, rollout, conditions, step)
         require_finite(loss.loss, role, "the loss")
+        self.place_tokens(self.token_positions(role, conditions))
         # Activation checkpointing runs the role's network again in backward.
         with network.active():
             self.manual_backward(loss.loss)
@@ -310,6 +311,14 @@ class DistillationModule(RolesModule):
         rule, offset = self.rollout.rule, self.rollout.shot_rope_offset
         shots, num_past, starts = conditions.shot_index, conditions.num_past, conditions.starts
         return HeldPieces(shots, self.chunk_frames, self.sequence, rule, offset, num_past, starts)
+
+    def token_positions(self, role: RoleName, conditions: Conditions) -> Int[Tensor, "b l"]:
+        """Numbers of the tokens of each call that a role's loss goes back through (`HeldPieces.token_positions`): the
+        critic's of both copies, and the student's of a chunk."""
+        pieces, sample_ids = self.pieces(conditions), torch.tensor(conditions.sample_ids)
+        tokens_per_frame = self.model_config.tokens_per_frame(*conditions.latent_shape[1:])
+        of_role = pieces.token_positions if role == CRITIC else pieces.chunk_token_positions
+        return of_role(sample_ids, tokens_per_frame)
 
     def conditions(self, batch: VideoBatch | PromptBatch) -> Conditions:
         """What a batch asks for.

@@ -201,6 +201,9 @@ class RolesModule(LongLiveModule):
         """Those of roles. Lightning knows the run's alone, and calls it."""
         return [base.precision for base in self.bases if isinstance(base.precision, LinearPrecision)]
 
+    def linear_precisions(self) -> list[LinearPrecision]:
+        return [*super().linear_precisions(), *self.own_plugins()]
+
     def on_fit_start(self) -> None:
         for plugin in self.own_plugins():
             plugin.connect(self, [], [])

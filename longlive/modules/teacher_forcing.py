@@ -23,7 +23,6 @@ from longlive.objectives.teacher_forcing import (
     make_inputs,
     weighted_loss,
 )
-from longlive.precision.plugin import LinearPrecision
 from longlive.typing import Bool, Int, Latents, PerFrame, Tensor
 
 VALIDATION_STEP = -1
@@ -215,10 +214,8 @@ class TeacherForcingModule(LongLiveModule):
     ) -> Latents:
         """The network's velocity for the targets."""
         pieces = self.pieces(batch)
-        precision = self.trainer.precision_plugin if self._trainer is not None else None
-        if isinstance(precision, LinearPrecision):
-            tokens_per_frame = self.model_config.tokens_per_frame(*inputs.latents.shape[-2:])
-            precision.place_tokens(pieces.token_positions(batch.sample_ids, tokens_per_frame).to(self.device))
+        tokens_per_frame = self.model_config.tokens_per_frame(*inputs.latents.shape[-2:])
+        self.place_tokens(pieces.token_positions(batch.sample_ids, tokens_per_frame))
         velocity: Latents = self.trained_network(
             latents=inputs.latents,
             timesteps=inputs.timesteps,

@@ -91,6 +91,12 @@ class HeldPieces:
         in_clip = (pieces[:, None] * chunk_tokens + torch.arange(chunk_tokens)).flatten()
         return sample_ids[:, None] * (2 * self.num_chunks * chunk_tokens) + in_clip
 
+    def chunk_token_positions(self, sample_ids: Int[Tensor, " b"], tokens_per_frame: int) -> Int[Tensor, "b l"]:
+        """The same for this rank's tokens of a chunk in a rollout (`rollout.split`)."""
+        chunk_tokens = self.chunk_frames * tokens_per_frame
+        share = chunk_tokens // self.sequence.size
+        return sample_ids[:, None] * chunk_tokens + self.sequence.rank * share + torch.arange(share)
+
     def attention(self, tokens_per_frame: int) -> SelfAttention:
         """Over the copies of all ranks of the sequence group."""
         segments = self.layout.delivered(self.chunk_frames * tokens_per_frame)

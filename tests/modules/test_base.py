@@ -20,6 +20,7 @@ from longlive.models.wan.config import WanConfig
 from longlive.models.wan.weights import save_weights
 from longlive.modules.base import LongLiveModule, codec_device
 from longlive.modules.teacher_forcing import TeacherForcingModule
+from longlive.parallel.mesh import ALONE, SequenceShare
 from longlive.rollout.engine import RolloutSettings
 from longlive.text.toy import ToyTextEncoder
 
@@ -141,6 +142,23 @@ def test_a_module_rolls_out_in_its_own_chunks_and_settings(make_module: Callable
     assert engine.schedule is module.schedule
     other = replace(settings, num_steps=1)
     assert module.rollout_engine(other).settings is other
+
+
+def test_ranks_that_do_not_divide_a_chunk_make_the_whole_of_every_rollout(make_module: Callable[..., Any]) -> None:
+    """Three ranks can train on chunks of two frames; their sample videos must not end the run."""
+
+    class OfThree(TeacherForcingModule):
+        share = ALONE
+
+        @property
+        def sequence(self) -> SequenceShare:
+            return self.share
+
+    module = make_module(OfThree)
+    module.share = SequenceShare(1, 3)
+    engine = module.rollout_engine()
+    assert engine.model is module.trained_network
+    assert engine.num_cached_heads == module.model_config.num_heads
 
 
 def test_raw_frames_are_encoded_and_latents_passed_on(make_module: Callable[..., Any], batch: VideoBatch) -> None:

@@ -106,10 +106,11 @@ def make_batch(kind: str, number: int, data_rank: int = 0, data_size: int = 1) -
 @dataclass
 class Seen:
     """What a process saw of a run: of every step both losses (means over the ranks), both gradient norms, and the
-    critic's loss by chunk; at its end the adapters, whole."""
+    critic's loss by chunk; at its end the adapters, whole, and what they generate, as `SampleVideo` would."""
 
     values: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    generated: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class Record(Callback):
@@ -139,6 +140,11 @@ class Record(Callback):
             if parameter.requires_grad:
                 whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
                 self.seen.weights[name] = whole.detach().clone()
+        assert isinstance(pl_module, DistillationModule)
+        with torch.no_grad():
+            embeds, index = pl_module.embed(PROMPTS)
+            made = pl_module.rollout_engine().generate(embeds, index, SHOTS, (16, 4, 4), 0, [0, 1])
+            self.seen.generated = made.latents
 
 
 def learn(kind: str, mesh: str = "1 x 1", save: Path | None = None, start: Path | None = None) -> Seen:
@@ -200,6 +206,7 @@ def test_sequence_ranks_learn_what_one_rank_does(runs: dict[tuple[str, str], See
     assert moved > 1e-2
     for name, weight in expected.weights.items():
         torch.testing.assert_close(found.weights[name], weight, atol=1e-5 * moved, rtol=1e-5)
+    torch.testing.assert_close(found.generated, expected.generated, atol=1e-4, rtol=1e-4)
 
 
 def test_a_run_resumed_in_a_cycle_on_the_same_ranks_goes_on_bit_for_bit(runs: dict[tuple[str, str], Seen]) -> None:
@@ -240,26 +247,63 @@ def test_of_a_clip_that_ranks_read_differently_nothing_is_learned() -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+class Split(DistillationModule):
+    """One of some ranks, as it finds itself under a strategy; without the others."""
+
+    share: SequenceShare
+
+    @property
+    def sequence(self) -> SequenceShare:
+        return self.share
+
+
+def split(rank: int, size: int, layout: MakeLayout = balanced_layout, heads: int = 4) -> DistillationModule:
+    module = make_module("prompts", Split, model=WanConfig.tiny(num_layers=1, dim=48, ffn_dim=32, num_heads=heads))
+    assert isinstance(module, Split)
+    module.share = SequenceShare(rank, size, None, layout)
+    return module
+
+
+def test_tokens_have_the_same_numbers_whichever_rank_has_them() -> None:
+    """Random rounding in backward is named by them; ranks that all count from zero would round alike."""
+    alone = make_module("prompts")
+    conditions = alone.conditions(make_batch("prompts", 0))
+    for role, count in (("critic", (4 + 4) * 16), ("student", 16)):
+        whole = alone.token_positions(role, conditions)
+        of_ranks = torch.cat([split(rank, 4).token_positions(role, conditions) for rank in range(4)], dim=1)
+        assert of_ranks.shape == (2, count)
+        assert len(of_ranks.unique()) == of_ranks.numel()
+        for mine, theirs in zip(whole.tolist(), of_ranks.tolist(), strict=True):
+            assert set(mine) <= set(theirs), "alone, nobody needs the last chunk's clean copy"
+
+
+def test_tokens_are_numbered_for_every_backward() -> None:
+    """After the scores, which go forward through other tokens than the rollout that the student's backward runs."""
+
+    class Watched(Noisy):
+        def place_tokens(self, positions: Tensor) -> None:
+            seen.append(tuple(positions.shape))
+
+        def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            seen.append("backward")
+            super().manual_backward(loss, *args, **kwargs)
+
+    seen: list[Any] = []
+    fit(make_module("prompts", Watched), [make_batch("prompts", 0)])
+    assert seen == [(2, 16), "backward", (2, (3 + 4) * 16), "backward"]
+
+
 @pytest.mark.parametrize(
     ("heads", "size", "layout", "message"),
     [
         (6, 3, balanced_layout, "size=3 does not divide both chunk_frames=4 and model.num_heads=6; use 1 or 2: "),
-        (
-            4,
-            2,
-            contiguous_layout,
-            "gives some ranks clean chunks alone.*use strategy=balanced_sp",
-        ),
+        (4, 2, contiguous_layout, "gives some ranks clean chunks alone.*use strategy=balanced_sp"),
     ],
     ids=["three ranks", "contiguous"],
 )
 def test_ranks_that_cannot_share_a_step_are_refused(heads: int, size: int, layout: MakeLayout, message: str) -> None:
     """When the data is set up, and where it does not ask, before a network is built."""
-
-    class Split(DistillationModule):
-        sequence = SequenceShare(0, size, None, layout)  # type: ignore[assignment]
-
-    module = make_module("prompts", Split, model=WanConfig.tiny(num_layers=1, dim=48, ffn_dim=32, num_heads=heads))
+    module = split(0, size, layout, heads)
     with pytest.raises(ValueError, match=message):
         module.clip_window(16)
     with pytest.raises(ValueError, match=message):
