@@ -66,7 +66,7 @@ class Conditions:
         """RoPE positions of the chunks' first frames; None: those of videos that begin here."""
         return None if self.continued is None else self.continued.starts
 
-    def with_past(self, clip: Latents) -> Latents:
+    def with_past(self, clip: Float[Tensor, "b new c h w"]) -> Latents:
         """A clip's frames, and before them the past ones."""
         return clip if self.continued is None else torch.cat([self.continued.past.latents.to(clip), clip], dim=1)
 
