@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from helpers.runs import overrides
+from longlive.callbacks.stop_on_signal import StopOnSignal
 from longlive.data.batch import VideoBatch
 
 POLL_SECONDS = 0.05
@@ -161,6 +162,26 @@ class Signal(Callback):
         self._has_sent = True
         for name in self.names:
             os.kill(os.getpid(), signal.Signals[name])
+
+
+class AwaitSignal(Callback):
+    """Holds a run in a step until a signal has come, so that one that somebody else sends comes in this step.
+
+    Args:
+        step: Lightning's `global_step` at that moment.
+        directory: where every rank says that it waits, by a file `waits-<rank>`.
+    """
+
+    def __init__(self, step: int, directory: str) -> None:
+        self.step, self.directory = step, Path(directory)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step != self.step:
+            return
+        listeners = [callback for callback in trainer.callbacks if isinstance(callback, StopOnSignal)]
+        (self.directory / f"waits-{trainer.global_rank}").touch()
+        while not any(bool(listener._received.any()) for listener in listeners):
+            time.sleep(POLL_SECONDS)
 
 
 class Fail(Callback):

@@ -27,6 +27,7 @@ from longlive.diffusion.schedule import FlowSchedule
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
 from longlive.modules.teacher_forcing import TeacherForcingModule
+from longlive.parallel.checkpoint import load_checkpoint
 from longlive.text.toy import ToyTextEncoder
 from longlive.train import train
 
@@ -95,6 +96,19 @@ def curves(directory: Path) -> dict[str, dict[int, float]]:
         if value.metadata.plugin_data.plugin_name == "scalars":
             found.setdefault(value.tag, {})[step] = float(make_ndarray(value.tensor))
     return found
+
+
+def curve_values(directory: Path) -> dict[str, dict[int, float]]:
+    """Those that do not measure time."""
+    return {tag: curve for tag, curve in curves(directory).items() if not tag.startswith("throughput/")}
+
+
+def state_after(directory: Path, step: int) -> dict[str, Any]:
+    """All that a run's checkpoint holds, but how long it took and where it lies."""
+    saved = load_checkpoint(directory / "checkpoints" / f"step-{step:07d}.ckpt")
+    callbacks = {name: saved["callbacks"][name] for name in ("EMA", "LossBreakdown")}
+    names = ("state_dict", "optimizer_states", "lr_schedulers", "VideoDataModule", "global_step")
+    return {name: saved[name] for name in names} | {"callbacks": callbacks}
 
 
 def assert_same(ours: Any, theirs: Any, where: str = "") -> None:

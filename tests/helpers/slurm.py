@@ -18,7 +18,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -29,7 +29,9 @@ POLL_SECONDS = 0.1
 START_SECONDS = 60.0
 """What the daemons may take to start, on a machine that does other things."""
 
-PROGRAMS = ("munged", "slurmctld", "slurmd")
+TESTS = Path(__file__).resolve().parents[1]
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY")
 
 CONFIGURATION = """\
 ClusterName=test
@@ -73,10 +75,6 @@ def program(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin")))
 
 
-def missing_programs() -> list[str]:
-    return [name for name in PROGRAMS if program(name) is None]
-
-
 class Slurm:
     """A running cluster.
 
@@ -91,6 +89,7 @@ class Slurm:
             "SLURM_CONF": str(directory / "slurm.conf"),
             "MASTER_ADDR": "127.0.0.1",  # no resolver knows the names of the nodes
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
         }
 
     def run(self, *command: str, **settings: str) -> str:
@@ -101,19 +100,35 @@ class Slurm:
         assert done.returncode == 0, f"{command}: {done.stderr}\n{self.report()}"
         return done.stdout
 
-    def submit(self, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> int:
-        """`sbatch`; the number of the job."""
-        return int(self.run("sbatch", "--parsable", *map(str, arguments), **(environment or {})))
+    def submit(self, *arguments: str | Path, path: str | None = None) -> int:
+        """`sbatch`; the number of the job. Its programs are looked for in the folder `path` first."""
+        here = {} if path is None else {"PATH": os.pathsep.join((path, self.environment["PATH"]))}
+        return int(self.run("sbatch", "--parsable", *map(str, arguments), **here))
 
     def job(self, job: int) -> dict[str, str]:
         """What the controller knows of a job."""
         shown = self.run("scontrol", "--oneliner", "show", "job", str(job))
         return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
-    def report(self) -> str:
-        """The last words of the daemons."""
-        files = sorted([*self.directory.glob("*.log"), *self.directory.glob("*.out")])
-        return "\n".join(f"{file.name}:\n{file.read_text(errors='replace')[-3000:]}" for file in files)
+    def wait_while(self, job: int, condition: Callable[[], bool], output: Path, seconds: float) -> None:
+        """Until the condition no longer holds, or the job no longer runs.
+
+        Raises:
+            TimeoutError: with the job's output, if neither happens.
+        """
+        wait_until(lambda: not condition() or self.job(job)["JobState"] in ENDED, seconds, lambda: self.report(output))
+
+    def end_of(self, job: int, output: Path, seconds: float) -> tuple[str, int, str]:
+        """Wait for a job's end: its state, how often it was queued again, and its exit code."""
+        self.wait_while(job, lambda: True, output, seconds)
+        found = self.job(job)
+        return found["JobState"], int(found["Restarts"]), found["ExitCode"]
+
+    def report(self, *outputs: Path) -> str:
+        """The last words of the daemons, and of jobs."""
+        files = [file for file in outputs if file.exists()]
+        files += sorted([*self.directory.glob("*.log"), *self.directory.glob("*.out")])
+        return "\n".join(f"{file.name}:\n{file.read_text(errors='replace')[-2000:]}" for file in files)
 
 
 def wait_until(condition: Callable[[], object], seconds: float, report: Callable[[], str]) -> None:

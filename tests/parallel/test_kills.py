@@ -15,7 +15,7 @@ import pytest
 import longlive.train
 from helpers.distributed import RankError, run_on_ranks
 from helpers.interrupted import CountCalls, Kill, Signal, override
-from helpers.runs import assert_same, config_of, curves, write_toyworld
+from helpers.runs import assert_same, config_of, curve_values, state_after, write_toyworld
 from longlive.callbacks.run_record import read_starts
 from longlive.parallel.checkpoint import load_checkpoint, newest_checkpoint
 from longlive.parallel.launcher import EXIT_STOPPED
@@ -83,19 +83,6 @@ def sure(calls: int) -> int:
     return max(1, calls * 3 // 4)
 
 
-def curve_values(directory: Path) -> dict[str, dict[int, float]]:
-    """Those that do not measure time."""
-    return {tag: curve for tag, curve in curves(directory).items() if not tag.startswith("throughput/")}
-
-
-def final_state(directory: Path) -> dict[str, object]:
-    """All that a run's last checkpoint holds, but how long it took and where it lies."""
-    saved = load_checkpoint(directory / "checkpoints" / f"step-{STEPS:07d}.ckpt")
-    callbacks = {name: saved["callbacks"][name] for name in ("EMA", "LossBreakdown")}
-    names = ("state_dict", "optimizer_states", "lr_schedulers", "VideoDataModule", "global_step")
-    return {name: saved[name] for name in names} | {"callbacks": callbacks}
-
-
 def reached(directory: Path) -> int:
     """The step of the newest checkpoint, which can be read to its end; 0 if there is none."""
     newest = newest_checkpoint(directory / "checkpoints")
@@ -154,6 +141,6 @@ def finish(directory: Path, shards: Path, whole: Whole, begins_at: int) -> None:
     """The last start goes to the end, and all is as in the run that was not killed."""
     train(directory, shards, override("began", Kill, rank=-1, kind="never", step=0, calls=0, directory=directory))
     assert (directory / "began-0").read_text() == str(begins_at)
-    assert_same(final_state(directory), final_state(whole.directory))
+    assert_same(state_after(directory, STEPS), state_after(whole.directory, STEPS))
     assert curve_values(directory) == curve_values(whole.directory)
     assert [path.name for path in (directory / "checkpoints").glob(".*")] == []
