@@ -36,6 +36,7 @@ from longlive.doctor.plan_report import as_dict
 from longlive.doctor.plan_work import (
     attention_flops,
     block_flops,
+    call_of,
     training_flops,
     ulysses_bytes_per_layer,
     weight_communication,
@@ -189,7 +190,7 @@ def test_flops_are_those_of_a_forward_and_backward(work: Workload) -> None:
 
 def test_checkpointed_blocks_are_computed_once_more() -> None:
     work = workload(num_layers=3)
-    block = sum(block_flops(work, 0).values())
+    block = sum(block_flops(call_of(work, 0)).values())
     assert training_flops(work, 0, Sharding(activation_checkpointing=1)) == (
         training_flops(work, 0, Sharding()) + 3 * block
     )

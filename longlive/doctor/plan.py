@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from omegaconf import DictConfig
 
 from longlive.callbacks.ema import EMA
 from longlive.callbacks.sample_video import SampleVideo
 from longlive.codecs.base import VideoCodec
 from longlive.config import instantiate
-from longlive.doctor.plan_codec import EncodeCost, count_frame_flops, encode_cost, no_encode
+from longlive.doctor.plan_codec import EncodeCost, FrameFlops, count_frame_flops, encode_cost, no_encode
 from longlive.doctor.plan_config import (
     Machine,
     accumulation_of,
@@ -26,34 +25,21 @@ from longlive.doctor.plan_config import (
     codec_of,
     module_of,
     precision_of,
+    reads_clips,
     sharding_of,
     strategy_of,
 )
-from longlive.doctor.plan_memory import (
-    Numbers,
-    activation_memory,
-    block_activations,
-    converted_bytes,
-    count_weights,
-    optimizer_step_bytes,
-    shard_bytes,
-    training_phases,
-    weight_memory,
-)
-from longlive.doctor.plan_work import (
-    attention_flops,
-    scalar_communication,
-    training_flops,
-    ulysses_bytes_per_layer,
-    weight_communication,
-)
+from longlive.doctor.plan_distillation import distillation_step
+from longlive.doctor.plan_memory import Numbers, kv_cache_bytes
+from longlive.doctor.plan_roles import count_roles
+from longlive.doctor.plan_step import RunShape, StepCost, tuning_step
 from longlive.doctor.plan_workload import Workload
+from longlive.modules.base import LongLiveModule
+from longlive.modules.distillation import DistillationModule
 from longlive.modules.teacher_forcing import TeacherForcingModule
 from longlive.parallel.codec_halo import codec_context
-from longlive.parallel.layout import MakeLayout, check_world, whole_layout
+from longlive.parallel.layout import MakeLayout, check_rollout, check_world, whole_layout
 from longlive.parallel.strategy import ShardedStrategy
-from longlive.rollout.cache import KeyValueCache
-from longlive.rollout.engine import CACHE_DTYPES
 
 GIBIBYTE = 2**30
 
@@ -92,16 +78,22 @@ class RankPlan:
     Attributes:
         tokens, loss_tokens: of its part of a micro-batch.
         encode: of a micro-batch.
-        flops, encode_flops: of an optimizer step, of the network and of the codec.
+        parts: FLOPs of the network in an optimizer step, by name.
+        encode_flops: of the codec in an optimizer step.
         memory: its bytes.
     """
 
     tokens: int
     loss_tokens: int
     encode: EncodeCost
-    flops: int
+    parts: Mapping[str, int]
     encode_flops: int
     memory: Memory
+
+    @property
+    def flops(self) -> int:
+        """Of the network, in an optimizer step."""
+        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -186,16 +178,19 @@ def make_plan(config: DictConfig, machine: Machine, pre_encoded: bool = False) -
     codec = codec_of(config.codec)
     codec.check_size(clip.height, clip.width)
     module = module_of(config, codec)
-    model = module.model_config
+    if not isinstance(module, TeacherForcingModule | DistillationModule):
+        raise ValueError(
+            f"module {type(module).__name__} cannot be planned; use module=teacher_forcing, multi_shot or distillation"
+        )
     accumulation = accumulation_of(config, data_size)
     precision = precision_of(config, machine)
-    numbers = Numbers.of(precision, machine.device)
+    name = precision if isinstance(precision, str) else str(precision.precision)
     sharding = sharding_of(strategy, machine)
     num_chunks = clip.num_frames // clip.chunk_frames
     workload = Workload(
-        model=model,
+        model=module.model_config,
         layout=make_layout(num_chunks, size),
-        rule=module.rule,
+        rule=module.rule if isinstance(module, TeacherForcingModule) else module.rollout.rule,
         batch_size=config.data.batch_size,
         num_chunks=num_chunks,
         chunk_frames=clip.chunk_frames,
@@ -204,81 +199,34 @@ def make_plan(config: DictConfig, machine: Machine, pre_encoded: bool = False) -
         text_tokens=module.text_encoder.num_tokens,
         given_frames=module.given_frames,
     )
-    context = codec_context(codec, strategy.codec_context if isinstance(strategy, ShardedStrategy) else "auto")
-
-    weights = count_weights(model, module.make_optimizer)
     callbacks = [instantiate(callback) for callback in config.callbacks.values() if callback is not None]
-    always = weight_memory(
-        weights,
-        sharding,
+    run = RunShape(
+        workload=workload,
+        sharding=sharding,
+        numbers=Numbers.of(name, machine.device),
+        autocast=name != "32-true",
         accumulation=accumulation,
+        num_gpus=machine.num_gpus,
+        device=machine.device,
         has_average=any(isinstance(callback, EMA) for callback in callbacks),
     )
-    samples = [callback for callback in callbacks if isinstance(callback, SampleVideo)]
-    if samples or not pre_encoded:
-        always["codec"] = sum(tensor.nbytes for tensor in (*codec.parameters(), *codec.buffers()))
-    gradients = shard_bytes(weights, sharding)
-    others = {
-        "samples": {
-            "gradients": gradients,
-            "KV cache": max((_cache_bytes(module, codec, callback) for callback in samples), default=0),
-        },
-        "optimizer": {
-            "gradients": gradients,
-            "its own numbers": optimizer_step_bytes(weights, sharding, machine.device),
-        },
-    }
+    if isinstance(module, DistillationModule):
+        check_rollout(clip.chunk_frames, module.model_config.num_heads, size)
+        step = distillation_step(module, count_roles(module, precision, sharding), run)
+    else:
+        step = tuning_step(module, run)
 
-    frame_flops = None if pre_encoded else count_frame_flops(codec, clip.height, clip.width)
-    ranks = []
-    for rank in range(size):
-        frames = workload.layout.frames(rank, clip.chunk_frames)
-        if frame_flops is None:
-            encode = no_encode(frames)
-        else:
-            encode = encode_cost(
-                codec,
-                frame_flops,
-                frames,
-                context,
-                batch_size=workload.batch_size,
-                num_frames=clip.num_frames,
-                height=clip.height,
-                width=clip.width,
-            )
-        phases = training_phases(
-            activation_memory(workload, rank, numbers, sharding),
-            gradients=gradients,
-            converted=converted_bytes(weights, sharding, precision != "32-true"),
-            accumulation=accumulation,
-            saves_converted=sharding.num_checkpointed(model.num_layers) < model.num_layers,
-        )
-        ranks.append(
-            RankPlan(
-                tokens=workload.tokens(rank),
-                loss_tokens=workload.loss_tokens(rank),
-                encode=encode,
-                flops=accumulation * training_flops(workload, rank, sharding),
-                encode_flops=accumulation * encode.flops,
-                memory=Memory(
-                    always,
-                    {"encode": {"gradients": gradients, "encode": encode.peak_bytes or 0}, **phases, **others},
-                ),
-            )
-        )
-    local_tokens = workload.tokens(0) // workload.batch_size
-    plain, repeated = (
-        ulysses_bytes_per_layer(workload.batch_size, local_tokens, model.dim, numbers.compute, size, checkpointing)
-        for checkpointing in (False, True)
-    )
-    num_repeated = sharding.num_checkpointed(model.num_layers)
-    exchanged = num_repeated * repeated + (model.num_layers - num_repeated) * plain
-    step_bytes = {
-        "attention (all-to-all)": accumulation * exchanged,
-        **weight_communication(weights, sharding, accumulation),
-        "codec's left context": accumulation * max(rank.encode.sent_bytes for rank in ranks),
-        "loss, gradient norm, sample ids": scalar_communication(workload, machine.num_gpus, accumulation),
-    }
+    encodes = reads_clips(config) and not pre_encoded
+    samples = [callback for callback in callbacks if isinstance(callback, SampleVideo)]
+    always = dict(step.always)
+    if encodes or samples:
+        always["codec"] = sum(tensor.nbytes for tensor in (*codec.parameters(), *codec.buffers()))
+    context = codec_context(codec, strategy.codec_context if isinstance(strategy, ShardedStrategy) else "auto")
+    frame_flops = count_frame_flops(codec, clip.height, clip.width) if encodes else None
+    encode = [
+        _encode_cost(codec, frame_flops, workload, rank, context, clip.height, clip.width) for rank in range(size)
+    ]
+    cache = max((_cache_bytes(module, codec, callback, size) for callback in samples), default=0)
     return Plan(
         machine=machine,
         strategy=strategy if isinstance(strategy, str) else type(strategy).__name__,
@@ -288,32 +236,71 @@ def make_plan(config: DictConfig, machine: Machine, pre_encoded: bool = False) -
         accumulation=accumulation,
         global_batch_size=accumulation * data_size * workload.batch_size,
         workload=workload,
-        precision=precision,
+        precision=name,
         context=context,
-        num_parameters=weights.num_parameters,
+        num_parameters=step.num_parameters,
         useful_share=workload.useful_entries / workload.entries,
-        ranks=tuple(ranks),
-        step_bytes=step_bytes,
-        layer_bytes=repeated if num_repeated else plain,
-        attention_flops=accumulation * attention_flops(workload, sharding),
-        activations_of_a_block=block_activations(workload, 0, numbers),
+        ranks=tuple(
+            RankPlan(
+                tokens=workload.tokens(rank),
+                loss_tokens=workload.loss_tokens(rank),
+                encode=encode[rank],
+                parts=step.flops[rank],
+                encode_flops=accumulation * encode[rank].flops,
+                memory=Memory(always, _phases(step, rank, encode[rank].peak_bytes or 0, cache)),
+            )
+            for rank in range(size)
+        ),
+        step_bytes={
+            **step.step_bytes,
+            "codec's left context": accumulation * max(cost.sent_bytes for cost in encode),
+        },
+        layer_bytes=step.layer_bytes,
+        attention_flops=step.attention_flops,
+        activations_of_a_block=step.block,
     )
 
 
-def _cache_bytes(module: TeacherForcingModule, codec: VideoCodec, samples: SampleVideo) -> int:
-    """Bytes of the KV cache of the rollouts during training."""
-    model, rollout, ratio = module.model_config, module.rollout, codec.spatial_ratio
-    dtype = CACHE_DTYPES[rollout.cache_dtype] if rollout.cache_dtype else torch.float32
-    cache = KeyValueCache(
-        num_layers=model.num_layers,
-        batch_size=len(samples.requests) * (2 if rollout.guided else 1),
-        num_chunks=rollout.num_chunks(samples.num_frames),
-        chunk_frames=rollout.chunk_frames,
-        patches=model.patches(samples.height // ratio, samples.width // ratio),
-        num_heads=model.num_heads,
-        head_dim=model.head_dim,
-        rule=rollout.rule,
-        dtype=dtype,
-        device="meta",
+def _phases(step: StepCost, rank: int, encode: int, cache: int) -> dict[str, Mapping[str, int]]:
+    """In the order of a step; what a run never does is left out."""
+    phases: dict[str, Mapping[str, int]] = {"encode": {**step.between, "encode": encode}} if encode else {}
+    phases |= step.phases[rank]
+    if cache:
+        phases["samples"] = {**step.between, "KV cache": cache}
+    return phases
+
+
+def _encode_cost(
+    codec: VideoCodec,
+    frame_flops: FrameFlops | None,
+    workload: Workload,
+    rank: int,
+    context: str,
+    height: int,
+    width: int,
+) -> EncodeCost:
+    frames = workload.layout.frames(rank, workload.chunk_frames)
+    if frame_flops is None:
+        return no_encode(frames)
+    return encode_cost(
+        codec,
+        frame_flops,
+        frames,
+        context,
+        batch_size=workload.batch_size,
+        num_frames=workload.num_frames,
+        height=height,
+        width=width,
     )
-    return cache.num_bytes
+
+
+def _cache_bytes(module: LongLiveModule, codec: VideoCodec, samples: SampleVideo, ranks: int) -> int:
+    """Bytes of a rank's KV cache in the rollouts during training."""
+    return kv_cache_bytes(
+        module.rollout,
+        module.model_config,
+        (samples.height // codec.spatial_ratio, samples.width // codec.spatial_ratio),
+        num_samples=len(samples.requests),
+        num_chunks=module.rollout.num_chunks(samples.num_frames),
+        ranks=ranks,
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,7 +17,7 @@ from longlive.config import instantiate
 from longlive.data.order import accumulation
 from longlive.data.sample import ClipSpec
 from longlive.doctor.plan_memory import FLOAT32, Sharding
-from longlive.modules.teacher_forcing import TeacherForcingModule
+from longlive.modules.base import LongLiveModule
 from longlive.parallel.strategy import ShardedStrategy
 from longlive.text.base import TextEncoder
 from longlive.typing import PromptEmbeds
@@ -59,15 +60,23 @@ class Machine:
         return min(self.num_gpus, self.gpus_per_node)
 
 
-def precision_of(config: DictConfig, machine: Machine) -> str:
+def precision_of(config: DictConfig, machine: Machine) -> Precision | str:
     """The precision; `auto` is what it comes to on that machine, which need not be this one. So is the backend of a
     plugin, which is not asked whether it runs here."""
     settings = config.precision
+    precision: Precision | str
     if "backend" in settings:
-        return str(instantiate(settings, backend="auto").precision)
-    if settings.precision == "auto":
-        return {"cuda": "bf16-mixed", "cpu": "32-true"}[machine.device]
-    return str(instantiate(settings))
+        precision = instantiate(settings, backend="auto")
+    elif settings.precision == "auto":
+        precision = {"cuda": "bf16-mixed", "cpu": "32-true"}[machine.device]
+    else:
+        precision = instantiate(settings)
+    return precision
+
+
+def reads_clips(config: DictConfig) -> bool:
+    """Whether the data are clips, not prompts alone."""
+    return "train" in list(config.data)  # which may be missing still
 
 
 def strategy_of(config: DictConfig | str) -> ShardedStrategy | str:
@@ -153,9 +162,9 @@ def text_encoder_of(config: DictConfig) -> TextEncoder:
     return encoder
 
 
-def module_of(config: DictConfig, codec: VideoCodec) -> TeacherForcingModule:
+def module_of(config: DictConfig, codec: VideoCodec) -> LongLiveModule:
     """The module, which checks that its parts fit together; its weights are taken as there."""
-    module = instantiate(config.module, codec=codec, text_encoder=text_encoder_of(config.text), weights=None)
-    if not isinstance(module, TeacherForcingModule):
-        raise ValueError(f"module {type(module).__name__} cannot be planned; use module=teacher_forcing")
+    module: LongLiveModule = instantiate(
+        config.module, codec=codec, text_encoder=text_encoder_of(config.text), weights=None
+    )
     return module

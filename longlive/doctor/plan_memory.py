@@ -37,6 +37,10 @@ frame. With activation checkpointing every block keeps its input (`c d` per toke
 this. `norm` is `c d + 4` with a fused kernel (CUDA); on a CPU it is `8 d + 4`, and attention there is float32
 (`a` = 4), so that under bf16-mixed it holds converted copies of all keys and values.
 
+A frozen network with an adapter saves nothing for the gradients of its modulation (two normalised features and both
+updates, `16 d`), and the adapter what is between its matrices (`rank c` per layer); the inputs of its layers are those
+that the linear layers would save.
+
 Under `nvfp4` a linear layer keeps 0.57 bytes per number of its input, where 2 are counted here: the plan is above what
 is held. Not in the model: what lives only inside a kernel or between two operations, except the gradients of the
 feed-forward's hidden features, the widest (`2 c m` per token), the allocator's fragmentation, and CUDA's own context.
@@ -48,17 +52,20 @@ and backward 0.6 to 2.4 % below it; with it, the peak (6 to 22 GiB) is 11 to 14 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.optim import Adam, Muon, Optimizer
 
-from longlive.doctor.plan_workload import Workload
+from longlive.doctor.plan_workload import Work
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
+from longlive.modules.base import OptimizerFactory
 from longlive.modules.optimizer import MuonAdamW
+from longlive.rollout.cache import KeyValueCache
+from longlive.rollout.settings import CACHE_DTYPES, RolloutSettings
 
 FLOAT32 = 4
 
@@ -120,28 +127,35 @@ class Weights:
         return (rest + num_blocks * self.block) * itemsize + self.timestep * FLOAT32
 
 
-def count_weights(
-    model: WanConfig, make_optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], Optimizer]
-) -> Weights:
+def stepped_on_meta(make_optimizer: OptimizerFactory, named: Sequence[tuple[str, nn.Parameter]]) -> Optimizer:
+    """An optimizer after its first step, on meta."""
+    for _, parameter in named:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer = make_optimizer(named)
+    optimizer.step()
+    return optimizer
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Of an optimizer's state, but for single numbers."""
+    state = [value for entries in optimizer.state.values() for value in entries.values()]
+    return sum(value.nbytes for value in state if isinstance(value, torch.Tensor) and value.ndim)
+
+
+def count_weights(model: WanConfig, make_optimizer: OptimizerFactory) -> Weights:
     """Count on the meta device; the optimizer's state by taking one step there."""
     with torch.device("meta"):
         network = CausalWan(model)
     parameters = dict(network.named_parameters())
-    total = sum(parameter.numel() for parameter in parameters.values())
-    block = sum(parameter.numel() for parameter in network.blocks[0].parameters())
-    for parameter in parameters.values():
-        parameter.grad = torch.empty_like(parameter)
-    optimizer = make_optimizer([(f"network.{name}", parameter) for name, parameter in parameters.items()])
-    optimizer.step()
-    state = [value for entries in optimizer.state.values() for value in entries.values()]
+    optimizer = stepped_on_meta(make_optimizer, [(f"network.{name}", value) for name, value in parameters.items()])
     parts = optimizer.parts if isinstance(optimizer, MuonAdamW) else (optimizer,)
     return Weights(
-        num_parameters=total,
-        block=block,
+        num_parameters=sum(parameter.numel() for parameter in parameters.values()),
+        block=sum(parameter.numel() for parameter in network.blocks[0].parameters()),
         num_blocks=model.num_layers,
         timestep=sum(p.numel() for name, p in parameters.items() if name.startswith("time_")),
         matrices=sum(p.numel() for name, p in parameters.items() if p.ndim > 1 and not name.startswith("time_")),
-        optimizer_bytes=sum(value.nbytes for value in state if isinstance(value, torch.Tensor) and value.ndim),
+        optimizer_bytes=state_bytes(optimizer),
         muon=sum(_num_stepped(part) for part in parts if isinstance(part, Muon)),
         adam=sum(_num_stepped(part) for part in parts if isinstance(part, Adam)),
     )
@@ -200,12 +214,32 @@ class Numbers:
         compute = FLOAT32 if precision == "32-true" else 2
         return cls(compute, FLOAT32 if device_type == "cpu" else compute, device_type != "cpu")
 
-    def norm(self, dim: int) -> int:
+    def norm(self, dim: int, frozen: bool) -> int:
         """Bytes that an RMS norm over `dim` features saves."""
-        return (self.compute * dim if self.fused_norm else 2 * FLOAT32 * dim) + 4
+        kept = 1 if frozen else 2
+        return (self.compute * dim if self.fused_norm else kept * FLOAT32 * dim) + 4
 
 
-def block_activations(workload: Workload, rank: int, numbers: Numbers) -> dict[str, int]:
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA in one block, summed over its layers: those that get tokens, and those that get prompts.
+
+    Attributes:
+        token_ranks, text_ranks: columns of A's output.
+        token_numbers, text_numbers: of A and B together.
+        entering, text_entering: of the As whose inputs never need a gradient: of queries, keys and values in the first
+            block, and of the layers that get prompts in all of them.
+    """
+
+    token_ranks: int
+    text_ranks: int
+    token_numbers: int
+    text_numbers: int
+    entering: int
+    text_entering: int
+
+
+def block_activations(workload: Work, rank: int, numbers: Numbers, adapter: Adapter | None = None) -> dict[str, int]:
     """Bytes that one block saves for backward, by name."""
     model, tokens, frames = workload.model, workload.tokens(rank), workload.frames(rank)
     dim, c, a = model.dim, numbers.compute, numbers.attention
@@ -216,25 +250,32 @@ def block_activations(workload: Workload, rank: int, numbers: Numbers) -> dict[s
     per_frame = (6 + 2) * dim * FLOAT32
     cross_norm = (FLOAT32 if a == c else c) * dim + 8 if model.cross_attn_norm else 0
     converted = 0 if a == c else c * dim
-    return {
-        "modulated norms": tokens * 2 * (8 * dim + 8 + c * dim) + frames * per_frame,
-        "gated sums": tokens * 2 * FLOAT32 * dim,
-        "query and key norms": tokens * 3 * numbers.norm(dim),
+    norm = numbers.norm(dim, frozen=adapter is not None)
+    modulated = FLOAT32 * dim if adapter is None else 0
+    found = {
+        "modulated norms": tokens * 2 * (FLOAT32 * dim + modulated + 8 + c * dim) + frames * per_frame,
+        "gated sums": tokens * 2 * modulated,
+        "query and key norms": tokens * 3 * norm,
         "self-attention": tokens * (kept * a * dim + 4 * model.num_heads + c * dim),
         "copies of keys and values": 2 * copied * a * dim // workload.size,
         "cross-attention": tokens * (cross_norm + c * dim + 2 * a * dim + 4 * model.num_heads + converted),
-        "prompts' keys and values": (
-            text * numbers.norm(dim) + 2 * workload.prompt_rows(rank) * workload.text_tokens * a * dim
-        ),
+        "prompts' keys and values": (text * norm + 2 * workload.prompt_rows(rank) * workload.text_tokens * a * dim),
         "feed-forward": tokens * 2 * c * model.ffn_dim,
     }
+    if adapter is not None:
+        found["between the adapter's matrices"] = (tokens * adapter.token_ranks + text * adapter.text_ranks) * c
+    return found
 
 
-def outer_activations(workload: Workload, rank: int, numbers: Numbers) -> int:
+def outer_activations(workload: Work, rank: int, numbers: Numbers, frozen: bool = False) -> int:
     """Bytes that the network saves outside its blocks: embeddings, rotation, head, velocity."""
     model, tokens, frames = workload.model, workload.tokens(rank), workload.frames(rank)
     c, dim = numbers.compute, model.dim
     area = model.patch_size[1] * model.patch_size[2]
+    if frozen:
+        # Of the embeddings nothing: the prompts' are the input of adapters.
+        text = workload.num_prompts * workload.text_tokens * c * dim
+        return tokens * (2 * model.head_dim * FLOAT32 + FLOAT32 * dim + 8) + text
     per_token = model.in_channels * area * c + 2 * model.head_dim * FLOAT32
     per_token += 8 * dim + 8 + c * dim + model.out_channels * area * FLOAT32
     per_frame = (model.freq_dim + 5 * dim) * FLOAT32
@@ -259,14 +300,16 @@ class Activations:
     widest: int
 
 
-def activation_memory(workload: Workload, rank: int, numbers: Numbers, sharding: Sharding) -> Activations:
-    """What a micro-batch takes on a rank."""
-    block = sum(block_activations(workload, rank, numbers).values())
+def activation_memory(
+    workload: Work, rank: int, numbers: Numbers, sharding: Sharding, adapter: Adapter | None = None
+) -> Activations:
+    """What a micro-batch takes on a rank. With an adapter, the network itself is frozen."""
+    block = sum(block_activations(workload, rank, numbers, adapter).values())
     tokens, num_layers = workload.tokens(rank), workload.model.num_layers
     num_checkpointed = sharding.num_checkpointed(num_layers)
     inputs = num_checkpointed * tokens * workload.model.dim * numbers.compute
     return Activations(
-        outside=outer_activations(workload, rank, numbers),
+        outside=outer_activations(workload, rank, numbers, frozen=adapter is not None),
         kept=inputs + (num_layers - num_checkpointed) * block,
         again=block if num_checkpointed else 0,
         widest=2 * tokens * workload.model.ffn_dim * numbers.compute,
@@ -300,3 +343,22 @@ def training_phases(
         },
         "backward, last": {"gradients": gradients, **again, "widest gradients": a.widest},
     }
+
+
+def kv_cache_bytes(
+    rollout: RolloutSettings, model: WanConfig, size: tuple[int, int], *, num_samples: int, num_chunks: int, ranks: int
+) -> int:
+    """Bytes of a rank's KV cache in a rollout of latents of `size`; ranks share it where they divide a chunk."""
+    shared = ranks if rollout.chunk_frames % ranks == 0 else 1
+    return KeyValueCache(
+        num_layers=model.num_layers,
+        batch_size=num_samples * (2 if rollout.guided else 1),
+        num_chunks=num_chunks,
+        chunk_frames=rollout.chunk_frames,
+        patches=model.patches(*size),
+        num_heads=model.num_heads // shared,
+        head_dim=model.head_dim,
+        rule=rollout.rule,
+        dtype=CACHE_DTYPES[rollout.cache_dtype] if rollout.cache_dtype else torch.float32,
+        device="meta",
+    ).num_bytes

@@ -139,6 +139,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
                 "encoded_frames": rank.encode.encoded_frames,
                 "frames": rank.encode.frames,
                 "flops_per_step": rank.flops,
+                "flops_by_part": dict(rank.parts),
                 "encode_flops_per_step": rank.encode_flops,
                 "memory": {
                     "always": dict(rank.memory.always),
@@ -175,7 +176,8 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def _tables(plan: Plan) -> list[tuple[str, list[tuple[str, str]]]]:
     workload, ranks, encode = plan.workload, plan.ranks, [rank.encode for rank in plan.ranks]
-    first = max(ranks, key=lambda rank: rank.memory.peak).memory
+    first_rank = max(ranks, key=lambda rank: rank.memory.peak)
+    first = first_rank.memory
     nodes = f"{plan.num_nodes} node{'s' if plan.num_nodes > 1 else ''}"
     return [
         (
@@ -234,6 +236,11 @@ def _tables(plan: Plan) -> list[tuple[str, list[tuple[str, str]]]]:
             "arithmetic per optimizer step",
             [
                 ("network, per rank", _spread([rank.flops for rank in ranks], "{:.4g} FLOPs")),
+                *(
+                    (f"  {name}", f"{flops:.4g} FLOPs")
+                    for name, flops in first_rank.parts.items()
+                    if len(first_rank.parts) > 1
+                ),
                 ("  of that, attention scores", f"{plan.attention_flops:.4g} FLOPs"),
                 ("codec, per rank", _spread([rank.encode_flops for rank in ranks], "{:.4g} FLOPs")),
                 ("all ranks", f"{plan.step_flops:.4g} FLOPs"),

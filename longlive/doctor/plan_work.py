@@ -13,44 +13,97 @@ as many, an all-reduce twice that (what a ring does, and the least there can be)
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from longlive.doctor.plan_memory import FLOAT32, Sharding, Weights
-from longlive.doctor.plan_workload import Workload
+from longlive.doctor.plan_workload import Work, Workload
+from longlive.models.wan.config import WanConfig
 from longlive.parallel.ulysses import exchanged_bytes
 
 INT64 = 8
 
 
-def block_flops(workload: Workload, rank: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class Call:
+    """One call of the network, as one rank computes it.
+
+    Attributes:
+        model: sizes of the network.
+        tokens, frames: here.
+        prompts: distinct ones.
+        text_tokens: of a prompt.
+        scores: attention scores of one head, here and of all heads: where ranks share the heads, a share of the whole.
+    """
+
+    model: WanConfig
+    tokens: int
+    frames: int
+    prompts: int
+    text_tokens: int
+    scores: int
+
+    @property
+    def text(self) -> int:
+        """Tokens of all distinct prompts."""
+        return self.prompts * self.text_tokens
+
+
+def call_of(workload: Work, rank: int) -> Call:
+    """A rank's part of a call. Of the heads' scores it computes its share."""
+    return Call(
+        workload.model,
+        workload.tokens(rank),
+        workload.frames(rank),
+        workload.num_prompts,
+        workload.text_tokens,
+        workload.useful_entries // workload.size,
+    )
+
+
+def block_flops(call: Call) -> dict[str, int]:
     """FLOPs of one block's forward, by name."""
-    model, tokens = workload.model, workload.tokens(rank)
-    dim, text = model.dim, workload.num_prompts * workload.text_tokens
+    model, tokens = call.model, call.tokens
+    dim = model.dim
     return {
         "linear layers": 2 * tokens * (6 * dim * dim + 2 * dim * model.ffn_dim),
-        "prompts' keys and values": 2 * text * 2 * dim * dim,
-        "self-attention": 4 * workload.useful_entries * dim // workload.size,
-        "cross-attention": 4 * tokens * workload.text_tokens * dim,
+        "prompts' keys and values": 2 * call.text * 2 * dim * dim,
+        "self-attention": 4 * call.scores * dim,
+        "cross-attention": 4 * tokens * call.text_tokens * dim,
     }
 
 
-def outer_flops(workload: Workload, rank: int) -> tuple[int, int]:
+def outer_flops(call: Call) -> tuple[int, int]:
     """FLOPs of the forward outside the blocks, and those of them whose inputs need no gradient."""
-    model, tokens, frames = workload.model, workload.tokens(rank), workload.frames(rank)
-    dim, text = model.dim, workload.num_prompts * workload.text_tokens
+    model, tokens, frames = call.model, call.tokens, call.frames
+    dim = model.dim
     area = model.patch_size[1] * model.patch_size[2]
-    first = 2 * (tokens * model.in_channels * area * dim + text * model.text_dim * dim + frames * model.freq_dim * dim)
-    later = 2 * (text * dim * dim + frames * 7 * dim * dim + tokens * dim * model.out_channels * area)
+    first = 2 * (
+        tokens * model.in_channels * area * dim + call.text * model.text_dim * dim + frames * model.freq_dim * dim
+    )
+    later = 2 * (call.text * dim * dim + frames * 7 * dim * dim + head_numbers(call))
     return first + later, first
+
+
+def head_numbers(call: Call) -> int:
+    """Multiplications of the head."""
+    return call.tokens * call.model.dim * call.model.out_channels * call.model.patch_size[1] * call.model.patch_size[2]
+
+
+def forward_flops(call: Call) -> int:
+    """FLOPs of a call that no backward follows."""
+    return call.model.num_layers * sum(block_flops(call).values()) + outer_flops(call)[0]
 
 
 def training_flops(workload: Workload, rank: int, sharding: Sharding) -> int:
     """FLOPs of one rank for forward and backward of a micro-batch."""
-    outer, first = outer_flops(workload, rank)
-    return _passes(workload, sharding) * sum(block_flops(workload, rank).values()) + 3 * outer - first
+    call = call_of(workload, rank)
+    outer, first = outer_flops(call)
+    return _passes(workload, sharding) * sum(block_flops(call).values()) + 3 * outer - first
 
 
 def attention_flops(workload: Workload, sharding: Sharding) -> int:
     """The self-attention scores' part of `training_flops`; equal on all ranks."""
-    return _passes(workload, sharding) * block_flops(workload, rank=0)["self-attention"]
+    return _passes(workload, sharding) * block_flops(call_of(workload, 0))["self-attention"]
 
 
 def _passes(workload: Workload, sharding: Sharding) -> int:

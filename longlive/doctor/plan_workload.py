@@ -1,11 +1,13 @@
-"""What one micro-batch of teacher forcing is: tokens, frames and attention entries, per rank of a sequence group.
+"""What one call of the network is: tokens, frames and attention entries, per rank of a sequence group.
 
-The same tables that training uses: `parallel.layout` says who owns what, `models.visibility` who sees whom.
+`Workload` is teacher forcing on a micro-batch, by the same tables that training uses: `parallel.layout` says who owns
+what, `models.visibility` who sees whom. `ChunkWorkload` is a call on one chunk of a rollout (`rollout.split`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from longlive.models.visibility import (
     Rectangle,
@@ -17,6 +19,34 @@ from longlive.models.visibility import (
 )
 from longlive.models.wan.config import WanConfig
 from longlive.parallel.layout import SequenceLayout, check_heads
+
+
+@runtime_checkable
+class Work(Protocol):
+    """What a plan asks of a call."""
+
+    @property
+    def model(self) -> WanConfig: ...
+
+    @property
+    def text_tokens(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def num_prompts(self) -> int: ...
+
+    @property
+    def useful_entries(self) -> int: ...
+
+    def frames(self, rank: int) -> int: ...
+
+    def tokens(self, rank: int) -> int: ...
+
+    def prompt_rows(self, rank: int) -> int: ...
+
+    def key_tokens(self, only_joined: bool) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -122,3 +152,47 @@ class Workload:
             * self.tokens_per_chunk
             * sum(len(part.keys) for part in self.rectangles if len(part.keys) > 1 or not only_joined)
         )
+
+
+@dataclass(frozen=True)
+class ChunkWorkload:
+    """A call on one chunk, which sees itself and what the cache holds. Ranks share its frames, and the heads.
+
+    Attributes:
+        model: sizes of the network.
+        batch_size: videos.
+        chunk_tokens, chunk_frames: of one of them, on all ranks.
+        visible_chunks: that it sees, itself included.
+        text_tokens: of a prompt.
+        size: ranks.
+    """
+
+    model: WanConfig
+    batch_size: int
+    chunk_tokens: int
+    chunk_frames: int
+    visible_chunks: int
+    text_tokens: int
+    size: int
+
+    def frames(self, rank: int) -> int:
+        return self.batch_size * self.chunk_frames // self.size
+
+    def tokens(self, rank: int) -> int:
+        return self.batch_size * self.chunk_tokens // self.size
+
+    def prompt_rows(self, rank: int) -> int:
+        return self.batch_size
+
+    @property
+    def num_prompts(self) -> int:
+        """One per video, the most there can be."""
+        return self.batch_size
+
+    @property
+    def useful_entries(self) -> int:
+        return self.batch_size * self.visible_chunks * self.chunk_tokens**2
+
+    def key_tokens(self, only_joined: bool) -> int:
+        """Tokens of the keys that attention is given beside the chunk's own; `only_joined` changes nothing."""
+        return self.batch_size * (self.visible_chunks - 1) * self.chunk_tokens
