@@ -1,5 +1,5 @@
-"""Data ranks under FSDP and sequence ranks under Balanced SP, with activations recomputed: all learn what one rank
-learns, also from a checkpoint that others wrote."""
+"""Sequence ranks under Balanced SP, and data ranks beside them: all learn what one rank learns, also with activations
+recomputed, and from a checkpoint that others wrote."""
 
 from __future__ import annotations
 
@@ -86,11 +86,12 @@ def make_module(kind: str, module_class: type[DistillationModule] = Noisy, **cha
 
 
 def make_batch(kind: str, number: int, data_rank: int = 0, data_size: int = 1) -> Any:
-    """A data rank's samples."""
+    """A data rank's samples; prompts are of two chunks alone."""
     mine = slice(data_rank * 2 // data_size, (data_rank + 1) * 2 // data_size)
     ids = torch.tensor([41, 7]) + 50 * number
     if kind == "prompts":
-        return PromptBatch(PROMPTS[mine], SHOTS[mine], ids[mine], height=32, width=32)
+        prompts = tuple(row[:2] for row in PROMPTS[mine])
+        return PromptBatch(prompts, SHOTS[mine, :2], ids[mine], height=32, width=32)
     clips = VideoBatch.fake(SPEC, seed=number)
     assert clips.latents is not None
     return replace(
@@ -153,7 +154,7 @@ def learn(kind: str, mesh: str = "1 x 1", save: Path | None = None, start: Path 
     world, data_rank, strategy = data_size * sequence_size, 0, {}
     if "RANK" in os.environ:  # one rank reads a sharded checkpoint in a sharded run
         data_rank = int(os.environ["RANK"]) // sequence_size
-        sharding = ShardingOptions(activation_checkpointing=True)
+        sharding = ShardingOptions(activation_checkpointing=kind == "prompts")
         strategy = {"strategy": BalancedSPStrategy(sequence_size, sharding=sharding), "devices": world}
     record = Record(save)
     batches = [make_batch(kind, number, data_rank, data_size) for number in range(HALF if start else 0, STEPS)]
@@ -179,8 +180,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Seen
         return first
 
     found = {(kind, "1 x 1"): learn(kind) for kind in KINDS}
-    found["clips", "1 x 2"], found["prompts", "1 x 2"], found["prompts", "1 x 2 > 1 x 2"] = on_ranks(
-        2, ("clips", "1 x 2", None, None), ("prompts", "1 x 2", saved, None), ("prompts", "1 x 2", None, saved)
+    found["prompts", "1 x 2"], found["prompts", "1 x 2 > 1 x 2"] = on_ranks(
+        2, ("prompts", "1 x 2", saved, None), ("prompts", "1 x 2", None, saved)
     )
     found["clips", "1 x 4"], found["prompts", "1 x 2 > 2 x 2"] = on_ranks(
         4, ("clips", "1 x 4", None, None), ("prompts", "2 x 2", None, saved)
@@ -189,7 +190,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Seen
     return found
 
 
-@pytest.mark.parametrize(("kind", "mesh"), [("prompts", "1 x 2"), ("clips", "1 x 2"), ("clips", "1 x 4")])
+@pytest.mark.parametrize(("kind", "mesh"), [("prompts", "1 x 2"), ("clips", "1 x 4")])
 def test_sequence_ranks_learn_what_one_rank_does(runs: dict[tuple[str, str], Seen], kind: str, mesh: str) -> None:
     """Catches means over one rank's frames, exits that differ (which would hang), gradients that stay on the rank of
     the loss, and recomputation with another adapter or a later cache."""
@@ -268,9 +269,9 @@ def test_tokens_have_the_same_numbers_whichever_rank_has_them() -> None:
     """Random rounding in backward is named by them; ranks that all count from zero would round alike."""
     alone = make_module("prompts")
     conditions = alone.conditions(make_batch("prompts", 0))
-    for role, count in (("critic", (4 + 4) * 16), ("student", 16)):
+    for role, count in (("critic", (2 + 2) * 16), ("student", 16)):
         whole = alone.token_positions(role, conditions)
-        of_ranks = torch.cat([split(rank, 4).token_positions(role, conditions) for rank in range(4)], dim=1)
+        of_ranks = torch.cat([split(rank, 2).token_positions(role, conditions) for rank in range(2)], dim=1)
         assert of_ranks.shape == (2, count)
         assert len(of_ranks.unique()) == of_ranks.numel()
         for mine, theirs in zip(whole.tolist(), of_ranks.tolist(), strict=True):
@@ -290,7 +291,7 @@ def test_tokens_are_numbered_for_every_backward() -> None:
 
     seen: list[Any] = []
     fit(make_module("prompts", Watched), [make_batch("prompts", 0)])
-    assert seen == [(2, 16), "backward", (2, (3 + 4) * 16), "backward"]
+    assert seen == [(2, 16), "backward", (2, (1 + 2) * 16), "backward"]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_ranks_that_cannot_share_a_step_are_refused(heads: int, size: int, layou
     """When the data is set up, and where it does not ask, before a network is built."""
     module = split(0, size, layout, heads)
     with pytest.raises(ValueError, match=message):
-        module.clip_window(16)
+        module.clip_window(24)
     with pytest.raises(ValueError, match=message):
         module.configure_model()
     assert module.network is None
