@@ -50,7 +50,8 @@ class StreamDecoder(ABC):
 
 
 class StreamEncoder(ABC):
-    """Encodes raw frames as they come. What it returns, concatenated, equals `encode` of all raw frames at once."""
+    """Encodes raw frames as they come. What it returns, concatenated, equals `encode` of all raw frames at once: of one
+    video bit by bit, of a batch to rounding."""
 
     @abstractmethod
     def push(self, video: Video) -> Latents:

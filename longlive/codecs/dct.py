@@ -95,7 +95,8 @@ class DCTCodec(VideoCodec):
         self.register_buffer("std", torch.tensor(STD).view(-1, 1, 1), persistent=False)
 
     def encode(self, video: Video) -> Latents:
-        return self.stream_encoder().push(video)
+        self.check_video(video)
+        return torch.cat([self.stream_encoder().push(clip) for clip in video.split(1)])
 
     def stream_encoder(self) -> StreamEncoder:
         return _DCTStreamEncoder(self)
@@ -104,11 +105,13 @@ class DCTCodec(VideoCodec):
     def fingerprint(self) -> str:
         return f"dct-{hash_of_weights('', self.named_buffers())}"
 
-    def _encode_groups(self, groups: Video) -> Latents:
-        planes = F.conv2d(groups.flatten(0, 1), self.filters.to(groups.dtype), stride=BLOCK)
-        planes = planes.unflatten(0, (len(groups), -1, GROUP))
-        latents = torch.einsum("bftphw,cpt->bfchw", planes, self.mixing.to(groups.dtype))
-        return ((latents - self.mean.to(groups.dtype)) / self.std.to(groups.dtype)).contiguous()
+    def _encode_group(self, group: Video) -> Latents:
+        """The frame of 4 raw frames."""
+        # In memory of their own: matrix products round by how their operands are aligned.
+        planes = F.conv2d(group.flatten(0, 1).clone(), self.filters.to(group.dtype), stride=BLOCK)
+        planes = planes.unflatten(0, (len(group), GROUP))
+        latents = torch.einsum("btphw,cpt->bchw", planes, self.mixing.to(group.dtype))[:, None]
+        return (latents - self.mean.to(group.dtype)) / self.std.to(group.dtype)
 
     def decode(self, latents: Latents) -> Video:
         return self._decode_groups(latents)[:, GROUP - 1 :].clamp(-1, 1)
@@ -125,7 +128,10 @@ class DCTCodec(VideoCodec):
 
 
 class _DCTStreamEncoder(StreamEncoder):
-    """Groups are independent: all it remembers is whether the lone first frame has passed."""
+    """Groups are independent: all it remembers is whether the lone first frame has passed.
+
+    It encodes group by group: kernels that are chosen for several at once round otherwise.
+    """
 
     def __init__(self, codec: DCTCodec) -> None:
         self.codec = codec
@@ -137,7 +143,7 @@ class _DCTStreamEncoder(StreamEncoder):
         if not self.has_begun:
             video = torch.cat([video[:, :1].expand(-1, GROUP - 1, -1, -1, -1), video], dim=1)
         self.has_begun = True
-        return self.codec._encode_groups(video)
+        return torch.cat([self.codec._encode_group(group) for group in video.split(GROUP, dim=1)], dim=1)
 
 
 class _DCTStreamDecoder(StreamDecoder):

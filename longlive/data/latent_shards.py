@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from longlive.data.indexed import IndexedShards
 from longlive.data.latents import (
@@ -40,6 +40,7 @@ from longlive.typing import Float, Tensor, UInt8
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class ClipEncoder(Protocol):
     """Makes of a clip what training would make of it."""
 

@@ -219,12 +219,18 @@ def test_the_codec_is_analytic_and_keeps_the_dtype(codec: DCTCodec) -> None:
 
 @pytest.mark.parametrize("pushes", [(1, 4, 4, 4), (5, 8), (9, 4)])
 def test_pushes_of_a_stream_encoder_concatenate_to_the_whole_encode(pushes):
-    codec, video = DCTCodec(), torch.rand(2, 13, 3, 16, 24) * 2 - 1
+    codec, video = DCTCodec(), torch.rand(1, 13, 3, 16, 24) * 2 - 1
     encoder = codec.stream_encoder()
     parts = [encoder.push(part) for part in video.split(pushes, dim=1)]
     assert torch.equal(torch.cat(parts, dim=1), codec.encode(video))
     with pytest.raises(ValueError, match=r"num_raw_frames=1 cannot follow: .* push 4"):
         encoder.push(video[:, :1])
+
+
+def test_latents_of_a_clip_are_the_same_bits_alone_and_in_a_batch():
+    """Kernels that are chosen for a batch round otherwise: latents that were stored would not be those of training."""
+    video = torch.rand(5, 5, 3, 8, 8) * 2 - 1
+    assert torch.equal(DCTCodec().encode(video), torch.cat([DCTCodec().encode(clip) for clip in video.split(1)]))
 
 
 def test_all_codecs_of_the_toy_world_have_one_fingerprint():
