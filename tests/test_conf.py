@@ -35,7 +35,7 @@ PRIMARY = {path.stem for path in CONF.glob("*.yaml")}
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 LARGE = [name for name in EXPERIMENTS if name.startswith("wan5b")]
 """Experiments of the 5B model, which no test allocates: `test_conf_wan5b.py`."""
-OF_THE_WHOLE = {"experiment", "stage", "clip"}
+OF_THE_WHOLE = {"clip", "experiment", "launcher", "stage"}
 """Groups whose files write at the top level."""
 OPTIONS = sorted(
     (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in OF_THE_WHOLE
