@@ -6,7 +6,8 @@ critic are all that learns.
 A step is one batch of prompts. The critic learns in every step, the student in every `student_every`-th, beginning with
 the first; each from a rollout of its own (`rollout.student`). Scoring is teacher forcing: the rollout, clean, is the
 history of its own noisy copy, seen through the rollout's window and sinks. With `streaming`, one rollout goes on from
-step to step, for videos that a step cannot hold (`streaming.py`).
+step to step, for videos that a step cannot hold (`streaming.py`). Ranks of a sequence group share a rollout
+(`rollout.split`), and each scores its own chunks (`objectives.pieces`).
 
 Lightning counts the critic's optimizer steps: `trainer.global_step` is the number of batches, and the student's turn
 follows from it. So a run that is killed anywhere in a cycle and resumed goes on as if nothing had happened: weights,
