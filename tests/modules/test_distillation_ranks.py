@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from helpers.distributed import run_on_ranks
 from helpers.runs import assert_same, fit, tiny_module
 from longlive.adapters.lora import LoRASettings
 from longlive.data.batch import BatchSpec, VideoBatch
-from longlive.data.prompt_batches import PromptBatch
+from longlive.data.prompt_batches import PromptBatch, PromptDataModule
 from longlive.models.wan.config import WanConfig
 from longlive.modules.distillation import DistillationModule
 from longlive.parallel.fsdp import ShardingOptions
@@ -310,3 +311,10 @@ def test_ranks_that_cannot_share_a_step_are_refused(heads: int, size: int, layou
     with pytest.raises(ValueError, match=message):
         module.configure_model()
     assert module.network is None
+
+
+def test_a_length_that_ranks_cannot_share_is_refused_when_prompts_are_set_up() -> None:
+    data = PromptDataModule(["a red circle"], num_frames=12, chunk_frames=4, height=32, width=32)
+    data.trainer = SimpleNamespace(lightning_module=split(0, 2))  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="sequence_parallel_size=2 does not divide the 3 chunks of a clip; use 1 or 3"):
+        data.setup("fit")
