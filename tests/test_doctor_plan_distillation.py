@@ -1,5 +1,5 @@
-"""The plan of distillation against what is counted: the FLOPs of real steps, autograd's saved storages, and bytes of the
-networks that a run builds."""
+"""The plan of distillation against what is counted: the FLOPs of real steps, autograd's saved storages, and bytes of
+the networks that a run builds."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ CHUNKS, FRAMES, SIZE = 3, 4, 4
 """Chunks of frames of 4 x 4 latents."""
 
 
-def make(num_steps: int = 1, guidance: float = 3.0, window: int | None = 8) -> DistillationModule:
-    rollout = RolloutSettings(chunk_frames=FRAMES, num_steps=num_steps, solver="euler", window=window)
+def make(num_steps: int = 1, guidance: float = 3.0, **changes: Any) -> DistillationModule:
+    rollout = RolloutSettings(chunk_frames=FRAMES, num_steps=num_steps, solver="euler", window=8)
     settings: dict[str, Any] = {
         "optimizer": partial(AdamW, lr=1e-3),
         "critic_optimizer": partial(AdamW, lr=1e-3),
@@ -40,7 +40,7 @@ def make(num_steps: int = 1, guidance: float = 3.0, window: int | None = 8) -> D
         "student_every": 3,
         "guidance": guidance,
     }
-    module: Any = tiny_module(DistillationModule, **settings)  # type: ignore[arg-type]
+    module: Any = tiny_module(DistillationModule, **settings | changes)  # type: ignore[arg-type]
     return module
 
 
@@ -82,9 +82,12 @@ def test_flops_are_those_of_a_students_and_a_critics_turn(num_steps: int, guidan
         assert set(exits) == set(range(num_steps))
         rolled_out = 0.0
         for step in exits.values():
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-                with torch.set_grad_enabled(role == "student"):
-                    clip = module.roll_out(role, conditions, step)  # type: ignore[arg-type]
+            with (
+                FlopCounterMode(display=False) as counter,
+                sdpa_kernel(SDPBackend.MATH),
+                torch.set_grad_enabled(role == "student"),
+            ):
+                clip = module.roll_out(role, conditions, step)  # type: ignore[arg-type]
             rolled_out += counter.get_total_flops() / num_steps
         counted[f"{role}'s rollout"] = rolled_out
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -142,3 +145,47 @@ def test_activations_of_both_turns_are_what_autograd_saves() -> None:
     # Above what is saved, as every call's attention is taken to join its outputs in memory of their own.
     kept = sum(call.outside + call.kept for call in calls)
     assert 1 <= kept / saved_bytes(module, "student") < 1.1
+
+
+@pytest.mark.parametrize("student_precision", [None, "nvfp4"])
+def test_weights_are_those_that_a_run_holds(student_precision: str | None) -> None:
+    """A role of another precision has a base of its own."""
+    changes = {} if student_precision is None else {"role_precision": {"student": student_precision}}
+    module = make(**changes)
+    roles = count_roles(module, "32-true", Sharding())
+    module.configure_model()
+    held = dict(module.named_parameters()) | dict(module.named_buffers())
+    learned = {
+        role: sum(parameter.numel() for _, parameter in module.adapter_parameters_of(role))  # type: ignore[arg-type]
+        for role in ("student", "critic")
+    }
+    assert roles.sizes == learned
+    assert roles.optimizer_bytes == {role: 2 * 4 * size for role, size in learned.items()}
+    assert sum(base.num_bytes for base in roles.bases) + 4 * sum(learned.values()) == sum(
+        tensor.nbytes for tensor in held.values()
+    )
+    assert len(roles.bases) == 1 + (student_precision is not None)
+    memory = roles.memory(Sharding(num_shards=2, gathers=True), has_average=True)
+    assert memory["average (EMA)"] == 4 * learned["student"] // 2
+    assert memory["frozen bases"] == -(-sum(base.num_bytes for base in roles.bases) // 2)
+
+
+def test_what_is_gathered_is_the_whole_network_at_every_call() -> None:
+    """A rollout of 3 chunks in 2 steps makes 3 x 1.5 calls, and 2 context passes."""
+    module = make(num_steps=2)
+    sharding = Sharding(num_shards=2, gathers=True)
+    roles = count_roles(module, "32-true", sharding)
+    sent = distillation_step(module, roles, run_of(module, sharding)).step_bytes
+    network = (roles.bases[0].rest + roles.bases[0].block) // 2
+    critic = 6.5 * network + 2 * network
+    student = 6.5 * network + 3 * network + 3 * network
+    assert sent["parameters gathered"] == pytest.approx(critic + student / 3, rel=1e-6)
+    assert sent["attention (all-to-all)"] == 0
+
+
+def test_a_longer_video_is_held_longer_only_by_the_student() -> None:
+    """Backward reads every chunk's keys; the critic's rollout those that the window shows."""
+    module = make()
+    phases = distillation_step(module, count_roles(module, "32-true", Sharding()), run_of(module)).phases[0]
+    slot = phases["critic's rollout"]["KV cache"] // 2
+    assert phases["student's backward"]["KV cache, retained"] == CHUNKS * slot
