@@ -73,26 +73,22 @@ def with_lora(base: Trained, location: str | Path) -> Trained:
     """What a run has made, with the adapter of another run over it.
 
     How it rolls out and its noise levels are then those of the adapter's run, if its file says them. All else is the
-    base's: its codec and text encoder lie where they are on this machine.
+    base's: its codec and text encoder lie where they are on this machine. Over a packed base it multiplies beside the
+    codes, in high precision.
 
     Args:
         base: whose module changes.
         location: a folder or file as `load_adapter` takes it.
 
     Raises:
-        ValueError: if there is no LoRA, or one of another network or other chunks; or the base is packed, or has an
-            adapter that is not merged.
+        ValueError: if there is no LoRA, or one of another network or other chunks; or the base has an adapter that is
+            not merged.
     """
     module, file = base.module, find_adapter(location)
     if module.adapter is not None:
         raise ValueError(
             f"{base.path} has an adapter of its own, {module.adapter!r}; give lora={location} the run that its "
             "training started from, or merge that adapter: longlive export format=fp32"
-        )
-    if base.packing is not None:
-        raise ValueError(
-            f"{base.path} is in NVFP4, and a LoRA goes over weights that are not packed; give the run, or a file in "
-            "bf16 or fp32, with precision=nvfp4"
         )
     run = run_of_adapter(file)
     if run is not None:

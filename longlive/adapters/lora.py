@@ -121,7 +121,8 @@ def _inject(network: nn.Module, name: str, config: LoraConfig) -> None:
         )
     learns = {id(parameter): parameter.requires_grad for parameter in network.parameters()}
     # On meta first: peft would draw A from torch's global generator.
-    inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
+    with _stand_ins(network):
+        inject_adapter_in_model(config, network, adapter_name=name, low_cpu_mem_usage=True)
     # peft's record of its configs, which it warns of at the next adapter; nothing here reads it.
     del network.peft_config
     for layer in wrapped_layers(network).values():
@@ -132,6 +133,21 @@ def _inject(network: nn.Module, name: str, config: LoraConfig) -> None:
     for parameter in network.parameters():
         if taken and id(parameter) in learns:
             parameter.requires_grad_(learns[id(parameter)])
+
+
+@contextmanager
+def _stand_ins(network: nn.Module) -> Iterator[None]:
+    """Inside, every linear layer has a `weight`, which peft asks for its device; packed ones have none."""
+    packed = [
+        layer for layer in network.modules() if isinstance(layer, nn.Linear) and layer._parameters["weight"] is None
+    ]
+    for layer in packed:
+        layer.weight = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer in packed:
+            layer.weight = None  # type: ignore[assignment]
 
 
 @torch.no_grad()
