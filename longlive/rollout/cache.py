@@ -155,17 +155,17 @@ class KeyValueCache:
         """
         slots = [[table.index(c) for c in chunks] for table, chunks in zip(self.tables, visible, strict=True)]
         starts = [self._starts(chunks, shots) for chunks, shots in zip(visible, shot_index, strict=True)]
-        own_slots = [slots[sample][-1] for sample in samples]
-        target = (torch.tensor(samples, device=self.device), torch.tensor(own_slots, device=self.device))
+        # There may be none to write, and an empty list has no dtype of its own.
+        index = partial(torch.tensor, dtype=torch.int64, device=self.device)
         key_rotation = self._rotation(starts) if self.relative_rope else None
         own_positions = self._frame_positions([[positions[-1]] for positions in starts])
         self.num_opened += 1
         return ChunkView(
             self,
             visible[0][-1],
-            torch.tensor(slots, device=self.device),
+            index(slots),
             len(slots[0]) - 1,
-            target,
+            (index(samples), index([slots[sample][-1] for sample in samples])),
             self.tables,
             own_positions,
             key_rotation,

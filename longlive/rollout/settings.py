@@ -46,7 +46,7 @@ class RolloutSettings:
     shot_sink: bool = False
     relative_rope: bool = False
     shot_rope_offset: float = 0.0
-    prompt_switch: Literal["keep", "recache"] = "keep"
+    prompt_switch: str = "keep"
     cache_dtype: Literal["bfloat16", "float32", "nvfp4"] | None = None
 
     def __post_init__(self) -> None:
