@@ -42,6 +42,24 @@ def test_it_reads_as_the_ring_does_and_a_snapshot_as_it_did(dtype: CacheDtype) -
         assert torch.equal(snapshot.read(3, torch.float32)[0], keys)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "nvfp4"], ids=str)
+def test_what_it_stores_can_be_taken_over(dtype: CacheDtype) -> None:
+    """By another one, and by a ring; a checkpoint holds it. Also writes of one sample alone."""
+    make = partial(make_storage, 2, slots=3, tokens=4, num_heads=2, head_dim=16, dtype=dtype, device="cpu")
+    ring, retained = make(), RetainedStorage(2, 3, partial(make, slots=1))
+    alone = (torch.tensor([1]), torch.tensor([0]))
+    for number, index in enumerate((*INDICES, alone, (torch.tensor([], dtype=torch.int64),) * 2)):
+        for storage in (ring, retained):
+            storage.write(index, chunk(number), chunk(10 + number))
+    stored = retained.tensors()
+    assert stored.keys() == ring.tensors().keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in ring.tensors().items())
+    for other in (make(), RetainedStorage(2, 3, partial(make, slots=1))):
+        other.load(stored)
+        for ours, theirs in zip(other.read(3, torch.float32), ring.read(3, torch.float32), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_a_chunk_is_held_once_whatever_holds_it() -> None:
     made = []
 
