@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -132,9 +133,10 @@ def _open(config: DictConfig, device: torch.device) -> tuple[LatentShards, Onlin
         )
     if config.data.get("train") != config.source.path:
         raise ValueError(f"data.train={config.data.get('train')} is not what is encoded; give source.path alone")
-    data = instantiate(config.data)
-    if not isinstance(data, VideoDataModule):
-        raise ValueError(f"data is a {type(data).__name__}, which reads no clips; there is nothing to encode")
+    kind = get_class(config.data._target_)
+    if not issubclass(kind, VideoDataModule):
+        raise ValueError(f"data is a {kind.__name__}, which reads no clips; use data of a training on videos")
+    data: VideoDataModule = instantiate(config.data)
     codec: VideoCodec = instantiate(config.codec)
     text_encoder: TextEncoder = instantiate(config.text)
     codec.check_size(data.spec.height, data.spec.width)
@@ -162,8 +164,8 @@ def _in_processes(config: DictConfig, show: Callable[[int], None]) -> None:
     """Run the task's processes to their end; an error of one ends all."""
     num_processes = config.encode.num_processes
     num_clips: Any = multiprocessing.get_context("spawn").Array("q", num_processes)
-    context = torch.multiprocessing.spawn(
-        _process, args=(to_plain(config), num_clips), nprocs=num_processes, join=False
+    context = torch.multiprocessing.start_processes(
+        _process, args=(to_plain(config), num_clips), nprocs=num_processes, join=False, start_method="spawn"
     )
     assert context is not None
     while not context.join(timeout=POLL_SECONDS):
