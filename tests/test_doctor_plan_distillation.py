@@ -21,6 +21,7 @@ from longlive.doctor.plan_roles import count_roles
 from longlive.doctor.plan_step import RunShape
 from longlive.doctor.plan_workload import Workload
 from longlive.modules.distillation import DistillationModule
+from longlive.modules.streaming import StreamingSettings
 from longlive.parallel.layout import whole_layout
 from longlive.rollout.settings import RolloutSettings
 from longlive.rollout.student import StudentRollout
@@ -168,6 +169,14 @@ def test_weights_are_those_that_a_run_holds(student_precision: str | None) -> No
     memory = roles.memory(Sharding(num_shards=2, gathers=True), has_average=True)
     assert memory["average (EMA)"] == 4 * learned["student"] // 2
     assert memory["frozen bases"] == -(-sum(base.num_bytes for base in roles.bases) // 2)
+
+
+def test_a_stream_is_refused_and_its_bound_named() -> None:
+    """A clip of two chunks that sees one past chunk, not the 32 frames that batches are of."""
+    module = make(streaming=StreamingSettings(max_frames=32, clip_frames=8))
+    run = run_of(module)
+    with pytest.raises(ValueError, match=r"clip_frames=8.* cannot be planned; .* data.num_frames=12"):
+        distillation_step(module, count_roles(module, "32-true", run.sharding), run)
 
 
 def test_what_is_gathered_is_the_whole_network_at_every_call() -> None:

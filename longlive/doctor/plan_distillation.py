@@ -110,7 +110,19 @@ def num_calls(num_chunks: int, num_steps: int) -> float:
 
 
 def distillation_step(module: DistillationModule, roles: Roles, run: RunShape) -> StepCost:
-    """Of stage 2. Accumulation there is none: the module steps by hand."""
+    """Of stage 2. Accumulation there is none: the module steps by hand.
+
+    Raises:
+        ValueError: for a stream.
+    """
+    if module.stream is not None:
+        seen = module.rollout.rule.window_chunks or 1
+        clip_frames = module.stream.settings.clip_frames
+        raise ValueError(
+            f"a step of a stream (module.streaming.clip_frames={clip_frames}) cannot be planned; the clip and the past "
+            "that it sees, as one clip, are an upper bound: module.streaming=null "
+            f"data.num_frames={clip_frames + (seen - 1) * module.chunk_frames}"
+        )
     work, sharding, numbers = run.workload, run.sharding, run.numbers
     works = chunk_works(module, run)
     student, critic = roles.adapters[STUDENT], roles.adapters[CRITIC]

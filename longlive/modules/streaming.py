@@ -101,7 +101,7 @@ class StreamingSettings:
         if common > 1:
             raise ValueError(
                 f"student_every={student_every} and the {self.num_clips} clips of a stream have the common divisor "
-                f"{common}: the student would learn at every {common}th place of a stream alone; change max_frames or "
+                f"{common}: the student would learn at one in {common} places of a stream alone; change max_frames or "
                 "student_every"
             )
 
