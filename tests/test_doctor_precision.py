@@ -55,3 +55,44 @@ def test_the_plan_counts_low_precision_as_bfloat16(capsys):
         peaks[plan["precision"]] = plan["peak_bytes"]
     assert set(peaks) == {"bf16-mixed", "fp8", "nvfp4"}
     assert len(set(peaks.values())) == 1
+
+
+ROLES = ("model=ti2v_5b", "module=distillation", "data=toyworld_prompts", "precision=bf16")
+
+
+@pytest.mark.parametrize(
+    ("packed", "shares", "most"),
+    [
+        (("student",), [["student"], ["teacher", "critic"]], 0.53),
+        (("student", "teacher", "critic"), [["student", "teacher", "critic"]], 0.19),
+    ],
+    ids=str,
+)
+def test_the_roles_of_the_5b_model_hold_a_fraction_of_a_copy_each(packed, shares, most):
+    """Three copies in bfloat16 are what there was to save; all in NVFP4 even without sharing hold below 0.45 of it."""
+    names = [f"+module.role_precision.{role}=nvfp4" for role in packed]
+    memory = make_report([*ROLES, *names]).roles
+    assert [list(base.roles) for base, _ in memory.bases] == shares
+    assert memory.copies == 3 * 2 * 4_999_787_712
+    assert most - 0.01 < memory.total / memory.copies <= most
+    # A rank of 128 beside 8 dim^2 and 2 dim ffn_dim, in 30 blocks, float32.
+    assert memory.adapters == dict.fromkeys(("student", "critic"), 30 * 128 * (8 * 2 * 3072 + 2 * (3072 + 14336)) * 4)
+    if len(packed) == 3:
+        assert memory.unshared <= 0.45 * memory.copies
+        linears = 30 * (8 * 3072**2 + 2 * 3072 * 14336)
+        ((_, held),) = memory.bases
+        assert 0.5625 * linears < held < 0.5625 * linears + 4 * (4_999_787_712 - linears)
+
+
+def test_the_command_prints_who_shares_what(capsys):
+    more = ["module=distillation", "data=toyworld_prompts", "+module.role_precision.student=nvfp4", "precision=bf16"]
+    assert doctor.main(["precision", *more]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "student base, nvfp4 0.00" in lines
+    assert "teacher, critic base, bf16-mixed 0.00" in lines
+    assert lines[-1].startswith("Together 0.0")
+    assert lines[-1].endswith("of a bfloat16 copy of the network per role.")
+    assert doctor.main(["precision", *more, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["roles"]
+    assert [base["roles"] for base in found["bases"]] == [["student"], ["teacher", "critic"]]
+    assert found["bytes"] == sum(base["bytes"] for base in found["bases"]) + sum(found["adapters"].values())

@@ -9,8 +9,9 @@ from typing import cast
 from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 
-from longlive.adapters.lora import LoRASettings, adapted_layers, adapter_parameters, base_name
+from longlive.adapters.lora import adapted_layers, adapter_parameters
 from longlive.doctor.plan_memory import FLOAT32, Adapter, Sharding, state_bytes, stepped_on_meta
+from longlive.doctor.role_memory import base_bytes, base_on_meta
 from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
 from longlive.modules.base import OptimizerFactory, on_meta
@@ -82,7 +83,7 @@ def count_roles(module: DistillationModule, of_run: Precision | str, sharding: S
     makers: dict[str, OptimizerFactory] = {STUDENT: module.make_optimizer, CRITIC: module.make_critic_optimizer}
     bases, adapters, sizes, states = [], {}, {}, {}
     for base in shared_bases(module.precisions, of_run):
-        network = _network(module, base, of_run)
+        network = base_on_meta(module.model_config, base, module.lora, of_run)
         bases.append(_held(base, network, sharding))
         for role in set(base.roles) & makers.keys():
             # Those of one block: all are alike, and an optimizer's step on meta takes as long as any.
@@ -92,12 +93,6 @@ def count_roles(module: DistillationModule, of_run: Precision | str, sharding: S
             sizes[role] = num_blocks * sum(parameter.numel() for _, parameter in learned)
             states[role] = num_blocks * state_bytes(stepped_on_meta(makers[role], learned))
     return Roles(_num_parameters(module.model_config), tuple(bases), adapters, sizes, states)
-
-
-def _network(module: DistillationModule, base: Base, of_run: Precision | str) -> CausalWan:
-    adapters: dict[str, LoRASettings] = {role: settings for role, settings in module.lora.items() if role in base.roles}
-    precision = of_run if base.precision is None else base.precision
-    return on_meta(module.model_config, precision, adapters)
 
 
 def _num_parameters(model: WanConfig) -> int:
@@ -110,7 +105,7 @@ def _held(base: Base, network: CausalWan, sharding: Sharding) -> HeldBase:
     block = sum(size for name, size in gathered.items() if name.startswith("blocks.0."))
     return HeldBase(
         roles=base.roles,
-        num_bytes=sum(tensor.nbytes for name, tensor in tensors.items() if base_name(name) is not None),
+        num_bytes=base_bytes(network),
         block=block,
         rest=sum(size for name, size in gathered.items() if not name.startswith("blocks.")),
     )

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from lightning.pytorch.plugins import Precision
 
-from longlive.adapters.lora import LoRASettings, base_name
+from longlive.adapters.lora import LoRASettings, adapter_parameters, base_name
 from longlive.models.wan.config import WanConfig
+from longlive.models.wan.model import CausalWan
 from longlive.modules.base import on_meta
 from longlive.modules.roles import ROLES, Base, RoleName, shared_bases
 from longlive.typing import Tensor
@@ -64,22 +65,23 @@ def role_memory(
         precisions: as `modules.roles.read_precisions` gives them.
         of_run: that of the run.
     """
-    bases: list[tuple[Base, int]] = []
-    adapters: dict[str, int] = {}
+    bases, adapters = [], {}
     for base in shared_bases(precisions, of_run):
-        network = on_meta(
-            model,
-            of_run if base.precision is None else base.precision,
-            {role: settings for role, settings in lora.items() if role in base.roles},
-        )
-        held = 0
-        tensors: dict[str, Tensor] = dict(network.named_parameters()) | dict(network.named_buffers())
-        for name, tensor in tensors.items():
-            if base_name(name) is not None:
-                held += tensor.nbytes
-                continue
-            role = next(role for role in base.roles if f".{role}." in name)
-            adapters[role] = adapters.get(role, 0) + tensor.nbytes
-        bases.append((base, held))
-    parameters = on_meta(model).parameters()
-    return RoleMemory(tuple(bases), adapters, sum(parameter.numel() for parameter in parameters))
+        network = base_on_meta(model, base, lora, of_run)
+        bases.append((base, base_bytes(network)))
+        for role in base.adapters(lora):
+            adapters[role] = sum(parameter.nbytes for _, parameter in adapter_parameters(network, role))
+    return RoleMemory(tuple(bases), adapters, sum(parameter.numel() for parameter in on_meta(model).parameters()))
+
+
+def base_on_meta(
+    model: WanConfig, base: Base, lora: Mapping[RoleName, LoRASettings], of_run: Precision | str
+) -> CausalWan:
+    """A base with its adapters, as a run holds it."""
+    return on_meta(model, of_run if base.precision is None else base.precision, base.adapters(lora))
+
+
+def base_bytes(network: CausalWan) -> int:
+    """Of a network without its adapters."""
+    tensors: dict[str, Tensor] = dict(network.named_parameters()) | dict(network.named_buffers())
+    return sum(tensor.nbytes for name, tensor in tensors.items() if base_name(name) is not None)

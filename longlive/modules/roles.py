@@ -69,6 +69,10 @@ class Base:
     roles: tuple[str, ...]
     precision: Precision | str | None
 
+    def adapters(self, lora: Mapping[RoleName, LoRASettings]) -> dict[str, LoRASettings]:
+        """Those of its roles."""
+        return {role: settings for role, settings in lora.items() if role in self.roles}
+
 
 def read_precisions(settings: Mapping[str, Precision | str | None] | None, seed: int) -> dict[str, Any]:
     """The precision of every role; None: the run's.
@@ -171,9 +175,7 @@ class RolesModule(LongLiveModule):
         self.check_sequence()
         self.bases = shared_bases(self.precisions, self.precision_of_run)
         for base in self.bases:
-            adapters: dict[str, LoRASettings] = {
-                role: settings for role, settings in self.lora.items() if role in base.roles
-            }
+            adapters = base.adapters(self.lora)
             network = self.build(base.precision, adapters)
             if STUDENT in base.roles:
                 self.hold(network, STUDENT, base.precision)
