@@ -121,7 +121,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
         "device": device_name(),
         "timings": {},
     }
-    if any(len(story.captions) > 1 for story in stories):
+    if any(len(story.captions) > 1 and story.scene_cuts for story in stories):
         record["settings"]["scene_cut_phrase"] = scene_cut_phrase
     if first_frames:
         record["settings"]["first_frames"] = [

@@ -64,6 +64,17 @@ def test_stories_are_rolled_out_shot_by_shot(trained, stories, tmp_path, calls):
     assert record["timings"]["raw_frames"] == 29 + 45
 
 
+def test_captions_may_follow_one_another_within_a_shot(trained, stories, tmp_path, calls):
+    """Then there is no cut and no phrase of one, and the cache may be rebuilt."""
+    record = make(
+        trained, tmp_path / "videos", "scene_cuts=false", "rollout.prompt_switch=recache", prompts=f"prompts={stories}"
+    )
+    assert calls[1].prompts == (("a red circle", "a red circle", "a blue square"),)
+    assert calls[1].shot_index.tolist() == [[0, 0, 0]]
+    assert record["settings"]["rollout"]["prompt_switch"] == "recache"
+    assert "scene_cut_phrase" not in record["settings"]
+
+
 def test_the_phrase_at_a_cut_is_the_one_of_training(trained, stories, tmp_path, calls):
     """Known mistake 12. A checkpoint from before there was a phrase was trained without one."""
     saved = checkpoint(trained, 12)
