@@ -20,6 +20,7 @@ from longlive.doctor.plan_memory import Numbers, Sharding, activation_memory
 from longlive.doctor.plan_roles import count_roles
 from longlive.doctor.plan_step import RunShape
 from longlive.doctor.plan_workload import Workload
+from longlive.models.wan.config import WanConfig
 from longlive.modules.distillation import DistillationModule
 from longlive.modules.streaming import StreamingSettings
 from longlive.parallel.layout import whole_layout
@@ -152,7 +153,7 @@ def test_activations_of_both_turns_are_what_autograd_saves() -> None:
 def test_weights_are_those_that_a_run_holds(student_precision: str | None) -> None:
     """A role of another precision has a base of its own."""
     changes = {} if student_precision is None else {"role_precision": {"student": student_precision}}
-    module = make(**changes)
+    module = make(model=WanConfig.tiny(num_layers=3, dim=32, ffn_dim=64, num_heads=2), **changes)
     roles = count_roles(module, "32-true", Sharding())
     module.configure_model()
     held = dict(module.named_parameters()) | dict(module.named_buffers())

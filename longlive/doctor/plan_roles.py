@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import cast
 
 from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 
-from longlive.adapters.lora import adapted_layers, adapter_parameters
+from longlive.adapters.lora import adapted_layers, adapter_parameters, base_name
 from longlive.doctor.plan_memory import FLOAT32, Adapter, Sharding, state_bytes, stepped_on_meta
 from longlive.doctor.role_memory import base_bytes, base_on_meta
-from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
 from longlive.modules.base import OptimizerFactory, on_meta
 from longlive.modules.distillation import DistillationModule
 from longlive.modules.roles import CRITIC, STUDENT, Base, shared_bases
+from longlive.precision.plugin import LinearPrecision
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Roles:
 
 
 def count_roles(module: DistillationModule, of_run: Precision | str, sharding: Sharding) -> Roles:
-    """Build every base on meta, and count.
+    """Build every base on meta, and count. Where all blocks are alike, one is built and counted for all.
 
     Args:
         module: whose settings count; it has no networks.
@@ -81,31 +81,38 @@ def count_roles(module: DistillationModule, of_run: Precision | str, sharding: S
         sharding: says what parameters are gathered in.
     """
     makers: dict[str, OptimizerFactory] = {STUDENT: module.make_optimizer, CRITIC: module.make_critic_optimizer}
+    model = module.model_config
+    built = replace(model, num_layers=1) if _alike((of_run, *module.precisions.values())) else model
     bases, adapters, sizes, states = [], {}, {}, {}
     for base in shared_bases(module.precisions, of_run):
-        network = base_on_meta(module.model_config, base, module.lora, of_run)
-        bases.append(_held(base, network, sharding))
+        network = base_on_meta(built, base, module.lora, of_run)
+        bases.append(_held(base, network, sharding, model.num_layers))
         for role in set(base.roles) & makers.keys():
             # Those of one block: all are alike, and an optimizer's step on meta takes as long as any.
             learned = [named for named in adapter_parameters(network, role) if named[0].startswith("blocks.0.")]
-            num_blocks = len(network.blocks)
             adapters[role] = _adapter(network, role)
-            sizes[role] = num_blocks * sum(parameter.numel() for _, parameter in learned)
-            states[role] = num_blocks * state_bytes(stepped_on_meta(makers[role], learned))
-    return Roles(_num_parameters(module.model_config), tuple(bases), adapters, sizes, states)
+            sizes[role] = model.num_layers * sum(parameter.numel() for _, parameter in learned)
+            states[role] = model.num_layers * state_bytes(stepped_on_meta(makers[role], learned))
+    return Roles(sum(p.numel() for p in on_meta(model).parameters()), tuple(bases), adapters, sizes, states)
 
 
-def _num_parameters(model: WanConfig) -> int:
-    return sum(parameter.numel() for parameter in on_meta(model).parameters())
+def _alike(precisions: Iterable[Precision | str | None]) -> bool:
+    """Whether all blocks are treated alike."""
+    return not any(isinstance(each, LinearPrecision) and each.selection.keep_last_blocks_bf16 for each in precisions)
 
 
-def _held(base: Base, network: CausalWan, sharding: Sharding) -> HeldBase:
+def _held(base: Base, network: CausalWan, sharding: Sharding, num_layers: int) -> HeldBase:
     tensors: dict[str, Tensor] = dict(network.named_parameters()) | dict(network.named_buffers())
     gathered = {name: _gathered_bytes(name, tensor, sharding) for name, tensor in tensors.items()}
     block = sum(size for name, size in gathered.items() if name.startswith("blocks.0."))
+    held = sum(
+        tensor.nbytes
+        for name, tensor in tensors.items()
+        if name.startswith("blocks.0.") and base_name(name) is not None
+    )
     return HeldBase(
         roles=base.roles,
-        num_bytes=base_bytes(network),
+        num_bytes=base_bytes(network) + (num_layers - len(network.blocks)) * held,
         block=block,
         rest=sum(size for name, size in gathered.items() if not name.startswith("blocks.")),
     )
