@@ -56,6 +56,8 @@ while not (stay or received or "fails" in sys.argv):
 sys.exit(3 if "fails" in sys.argv else 0 if stay else 75)
 """
 
+TRAIN = "train trainer.num_nodes=1 trainer.devices=2"
+
 needs_slurm = pytest.mark.skipif(program("slurmctld") is None, reason="SLURM (slurmctld) is not installed")
 
 
@@ -77,6 +79,15 @@ def command(folder: Path, source: str) -> str:
     file.write_text(source.format(python=sys.executable))
     file.chmod(0o755)
     return str(folder)
+
+
+def launcher(*overrides: str) -> DictConfig:
+    """What `launcher=slurm` gives to submitit."""
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        config = hydra.compose("train", ["launcher=slurm", *overrides], return_hydra_config=True).hydra
+    assert config.mode is RunMode.MULTIRUN, "without -m, a run would train on the machine that submits"
+    found: DictConfig = config.launcher
+    return found
 
 
 def train(config: DictConfig) -> None:
@@ -131,7 +142,7 @@ def test_the_jobs_of_a_sweep_continue_from_their_own_checkpoints_when_they_are_q
     sweep = overrides(directory, shards, *JOB, "launcher=slurm", "trainer.devices=1", "seed=0,1", *resources)
     jobs = [directory / f"seed={seed}" for seed in (0, 1)]
     with log.open("w") as file:
-        launcher = subprocess.Popen(
+        sender = subprocess.Popen(
             [f"{folder}/longlive", "train", *sweep],
             env=slurm.environment,
             cwd=tmp_path,
@@ -143,16 +154,16 @@ def test_the_jobs_of_a_sweep_continue_from_their_own_checkpoints_when_they_are_q
         return log_of(log, *directory.rglob("*_log.out")) + slurm.report()
 
     try:
-        wait_until(lambda: all((job / "waits-0").exists() for job in jobs) or launcher.poll(), SECONDS, report)
+        wait_until(lambda: all((job / "waits-0").exists() for job in jobs) or sender.poll(), SECONDS, report)
         (array,) = set(slurm.run("squeue", "--noheader", "--array", "--name=train", "--format=%F").split())
         slurm.run("scancel", "--signal=USR2", f"{array}_0")
         slurm.run("scontrol", "requeue", f"{array}_1")
         for seed in (0, 1):
             run(tmp_path / f"whole-{seed}", shards, LOGGED_EVERY, f"seed={seed}")
-        assert launcher.wait(SECONDS) == 0, report()
+        assert sender.wait(SECONDS) == 0, report()
     finally:
-        launcher.kill()
-        launcher.wait()
+        sender.kill()
+        sender.wait()
     for seed, (job, signal) in enumerate(zip(jobs, ("SIGUSR2", "SIGTERM"), strict=True)):
         assert stays(job) == [("stopped", signal, 0, HELD + 1), ("finished", None, HELD + 1, STEPS)], report()
         assert_same_end(job, tmp_path / f"whole-{seed}")
@@ -166,9 +177,14 @@ def ends(slurm, tmp_path_factory) -> dict[str, tuple[str, int, str, str]]:
     path = command(folder / "bin", STAND_IN)
     common = ("--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1")
 
-    def submit(name: str, *options: str, argument: str = "") -> int:
+    sweeps = folder / "sweep.sh"
+    sweeps.write_text(
+        "\n".join(["#!/bin/bash", *launcher("trainer.devices=2").setup, f'srun longlive {TRAIN} "$@"', ""])
+    )
+
+    def submit(name: str, *options: str, script: Path = SCRIPT, argument: str = "") -> int:
         output = f"--output={folder / name}"
-        return slurm.submit(*common, output, *options, SCRIPT, f"prompts=a {name} circle", argument, path=path)
+        return slurm.submit(*common, output, *options, script, f"prompts=a {name} circle", argument, path=path)
 
     jobs = {
         "preempted": submit("preempted", "--nodelist=n1", "--exclusive"),
@@ -177,6 +193,8 @@ def ends(slurm, tmp_path_factory) -> dict[str, tuple[str, int, str, str]]:
         "requeued": submit("requeued"),
         "cancelled": submit("cancelled"),
         "failed": submit("failed", argument="fails"),
+        "preempted in a sweep": submit("preempted in a sweep", "--open-mode=append", script=sweeps),
+        "cancelled in a sweep": submit("cancelled in a sweep", script=sweeps),
     }
 
     def has_begun(name: str) -> bool:
@@ -190,7 +208,8 @@ def ends(slurm, tmp_path_factory) -> dict[str, tuple[str, int, str, str]]:
     slurm.submit("--partition=high", "--nodelist=n1", "--exclusive", "--output=/dev/null", "--wrap=true")
     slurm.run("scancel", "--signal=USR1", str(jobs["warned at its start"]))
     slurm.run("scontrol", "requeue", str(jobs["requeued"]))
-    slurm.run("scancel", str(jobs["cancelled"]))
+    slurm.run("scancel", "--signal=TERM", str(jobs["preempted in a sweep"]))
+    slurm.run("scancel", str(jobs["cancelled"]), str(jobs["cancelled in a sweep"]))
     return {name: (*slurm.end_of(job, folder / name, SECONDS), log_of(folder / name)) for name, job in jobs.items()}
 
 
@@ -204,6 +223,8 @@ def ends(slurm, tmp_path_factory) -> dict[str, tuple[str, int, str, str]]:
         ("requeued", "COMPLETED", 1, "0:0"),
         ("cancelled", "CANCELLED", 0, None),
         ("failed", "FAILED", 0, "3:0"),
+        ("preempted in a sweep", "COMPLETED", 1, "0:0"),
+        ("cancelled in a sweep", "CANCELLED", 0, None),
     ],
 )
 def test_a_job_goes_back_into_the_queue_unless_it_is_cancelled_or_fails(ends, name, state, requeued, code):
@@ -212,7 +233,7 @@ def test_a_job_goes_back_into_the_queue_unless_it_is_cancelled_or_fails(ends, na
     found, times, exit_code, output = ends[name]
     assert (found, times) == (state, requeued), output
     assert code in (None, exit_code)
-    arguments = ["train", "trainer.num_nodes=1", "trainer.devices=2", f"prompts=a {name} circle"]
+    arguments = [*TRAIN.split(), f"prompts=a {name} circle"]
     for task in range(2):
         assert f"stay 0 task {task} {str(arguments)[:-1]}" in output
         assert (f"stay 1 task {task}" in output) is bool(requeued)
@@ -222,11 +243,8 @@ def test_what_a_job_asks_for_follows_from_the_trainers_settings():
     """A second copy of the number of devices: half of the ranks are never started, and the others wait for them."""
     with pytest.raises(ValueError, match=r"hydra\.launcher\.\w+: .*trainer\.devices.*'auto'"):
         compose("train", ["launcher=slurm"])
-    settings = ["launcher=slurm", "trainer.devices=4", "trainer.num_nodes=3"]
-    with initialize_config_dir(str(config_directory()), version_base="1.3"):
-        config = hydra.compose("train", settings, return_hydra_config=True).hydra
-    assert (config.launcher.nodes, config.launcher.tasks_per_node, config.launcher.gpus_per_node) == (3, 4, 4)
-    assert config.mode is RunMode.MULTIRUN, "without -m the run would train on the machine that submits"
+    asked = launcher("trainer.devices=4", "trainer.num_nodes=3")
+    assert (asked.nodes, asked.tasks_per_node, asked.gpus_per_node) == (3, 4, 4)
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch):

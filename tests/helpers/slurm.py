@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-CPUS = 8
+CPUS = 32
 """Of a node. SLURM counts them, and nobody else: jobs share the machine's real ones."""
 
 POLL_SECONDS = 0.1
