@@ -70,12 +70,12 @@ class Conditions:
         """A clip's frames, and before them the past ones."""
         return clip if self.continued is None else torch.cat([self.continued.past.latents.to(clip), clip], dim=1)
 
-    def video_position(self, chunks: Float[Tensor, " f"]) -> Float[Tensor, " f"]:
-        """Where in their videos frames are, in [0, 1).
+    def video_position(self, place: Float[Tensor, " f"]) -> Float[Tensor, " f"]:
+        """Where in the whole videos frames are, in [0, 1).
 
         Args:
-            chunks: where they are in the chunks of these conditions, in chunks.
+            place: where among these chunks, past ones included; 1.5 is the middle of the second.
         """
         if self.continued is None:
-            return chunks / self.shot_index.shape[1]
-        return (chunks - self.num_past + self.continued.first_chunk) / self.continued.num_chunks
+            return place / self.shot_index.shape[1]
+        return (place - self.num_past + self.continued.first_chunk) / self.continued.num_chunks
