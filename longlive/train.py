@@ -35,6 +35,7 @@ from longlive.parallel.checkpoint import (
     AtomicCheckpointIO,
     check_same_shapes,
     find_checkpoint,
+    is_trainable_only,
     load_checkpoint,
     newest_checkpoint,
 )
@@ -59,7 +60,8 @@ def train(config: DictConfig) -> Trainer:
     module: LongLiveModule = instantiate(config.module)
     module.run_config = to_plain(config)
     trainer = make_trainer(config)
-    if config.initialise_from is not None and checkpoint is None:
+    # A checkpoint that leaves out frozen weights goes on over those that its run started from.
+    if config.initialise_from is not None and (checkpoint is None or is_trainable_only(checkpoint)):
         initialise(trainer, module, find_checkpoint(config.initialise_from))
     # Written once the run trains: a start that is refused leaves the records of an earlier one as they were.
     came_from = origin(Path.cwd())

@@ -114,15 +114,29 @@ def load_module(checkpoint: Mapping[str, Any], path: Path) -> LongLiveModule:
         raise ValueError(
             f"{path} holds no config, so it does not say what network it is; it was not written by `longlive train`"
         )
-    has_all = not checkpoint.get("trainable_only")
-    module: LongLiveModule = instantiate(
-        _in_one_precision(checkpoint["config"], **{"weights": None} if has_all else {})
-    )
+    config, has_all = checkpoint["config"], not checkpoint.get("trainable_only")
+    module: LongLiveModule = instantiate(_in_one_precision(config, **({"weights": None} if has_all else {})))
     module.configure_model()
+    if not has_all and config.get("initialise_from") is not None:
+        _take(module, _started_from(path, config["initialise_from"]))
+    _take(module, checkpoint)
+    return module.eval()
+
+
+def _started_from(path: Path, location: str) -> dict[str, Any]:
+    try:
+        return load_weights_and_config(find_checkpoint(location))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} holds what its run trained alone, over the weights of initialise_from={location}, which are not "
+            f"there any more: {error}"
+        ) from error
+
+
+def _take(module: LongLiveModule, checkpoint: Mapping[str, Any]) -> None:
     weights = module.weights_of(with_weights(averaged_weights(checkpoint), checkpoint.get("bases", {})))
     check_same_shapes(module.state_dict(), weights)
     module.load_state_dict(weights)
-    return module.eval()
 
 
 def _in_one_precision(config: Mapping[str, Any], **changes: Any) -> DictConfig:

@@ -361,6 +361,19 @@ def test_a_lora_file_holds_the_students_average(distilled, loras):
     assert any(not torch.equal(averaged_weights(saved)[name], weight) for name, weight in last.items())
 
 
+def test_what_was_trained_alone_is_completed_by_the_weights_that_it_started_from(trained, distilled, tmp_path):
+    """A sharded run may leave its frozen base out (`trainable_only`); initial weights in its place would be noise."""
+    whole = checkpoint(distilled, 2)
+    learned = {name: weight for name, weight in whole["state_dict"].items() if "lora_" in name}
+    part = whole | {"state_dict": learned, "trainable_only": True}
+    torch.save(part, tmp_path / "step-0000002.ckpt")
+    ours = load_trained(tmp_path / "step-0000002.ckpt").module.state_dict()
+    assert_same(dict(ours), dict(load_trained(distilled).module.state_dict()))
+    torch.save(part | {"config": part["config"] | {"initialise_from": "gone"}}, tmp_path / "step-0000003.ckpt")
+    with pytest.raises(ValueError, match=r"holds what its run trained alone, over the weights of initialise_from=gone"):
+        load_trained(tmp_path / "step-0000003.ckpt")
+
+
 def test_a_lora_in_the_wrong_place_is_refused(trained, distilled, loras, tmp_path):
     def rolled_out(*settings: str) -> None:
         generate(compose("generate", [PROMPTS, f"directory={tmp_path / 'videos'}", *settings]))

@@ -95,6 +95,15 @@ def load_weights_and_config(path: str | Path) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key not in skipped}
 
 
+def is_trainable_only(path: str | Path) -> bool:
+    """Whether a checkpoint leaves out what its run did not train.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_checkpoint`.
+    """
+    return bool(read_tree(existing(path)).get("trainable_only"))
+
+
 def existing(path: str | Path) -> Path:
     """Where the checkpoint of a name is.
 
