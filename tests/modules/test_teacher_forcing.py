@@ -1,6 +1,6 @@
 """Teacher forcing from batch to gradient: equal to one forward per chunk, and every knob moves what it names."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -207,9 +207,11 @@ class Recorder(TeacherForcingModule):
     def global_step(self) -> int:
         return self.step_now
 
-    def embed(self, prompts: Sequence[Sequence[str]]) -> tuple[PromptEmbeds, Int[Tensor, "b p"]]:
+    def embed(
+        self, prompts: Sequence[Sequence[str]], known: Mapping[str, Tensor] | None = None
+    ) -> tuple[PromptEmbeds, Int[Tensor, "b p"]]:
         self.seen.append([list(row) for row in prompts])
-        return super().embed(prompts)
+        return super().embed(prompts, known)
 
     def predict(
         self, inputs: TeacherForcingInputs, batch: VideoBatch, prompt_embeds: Tensor, prompt_index: Tensor
