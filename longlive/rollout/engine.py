@@ -298,7 +298,12 @@ class RolloutEngine:
         shot_index: Sequence[int],
         negative_embeds: NegativeEmbeds | None = None,
     ) -> ChunkCondition:
-        """Make room for the next chunk, with the prompt and shot of every sample in it."""
+        """Make room for the next chunk, with the prompt and shot of every sample in it; where a prompt switches within
+        a shot, rebuild the cache if the settings say so.
+
+        Args:
+            prompt_embeds: the distinct prompts; a list that may grow in a rollout, and does not change otherwise.
+        """
         state.enter(prompt_index.tolist(), shot_index, self.settings.rule)
         # Of a long list of prompts, a chunk needs the few that its samples follow.
         used, index = torch.unique(prompt_index.to(self.device), return_inverse=True)
