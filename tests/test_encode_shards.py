@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import pickle
+import signal
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from helpers.runs import TINY, assert_same, checkpoint, curves, run, write_toyworld
 from longlive.codecs.wan import WanVideoCodec
-from longlive.config import check_complete, compose
+from longlive.config import check_complete, compose, config_directory
 from longlive.data.indexed import IndexedShards
 from longlive.data.sample import ClipSpec
 from longlive.data.shards import load_index
+from longlive.data.shots import ShotRules
 from longlive.make_shards import make_shards
 
 SILENT = "text._target_=helpers.latents.SilentTextEncoder"
+SPEC = ClipSpec(num_frames=8, chunk_frames=4, height=32, width=32, fps=24)
+"""The clips of the tiny run."""
 STEPS = ("trainer.max_steps=4", "callbacks.checkpoint.every_n_train_steps=4", "module.prompt_dropout=0.3")
 
 
-def encode(videos: Path | str, latents: Path, *more: str, settings: tuple[str, ...] = TINY) -> None:
-    """The command, after its line is parsed."""
-    config = compose("shards", ["stage=encode", f"source.path={videos}", f"directory={latents}", *settings, *more])
+@cache
+def composed(*overrides: str) -> DictConfig:
+    """Composing takes as long as encoding."""
+    return compose("shards", ["stage=encode", "source.path=???", "directory=???", *overrides])
+
+
+def encode(videos: Path | str, latents: Path, *values: str, settings: tuple[str, ...] = TINY) -> None:
+    """The command, after its line is parsed; `values` are overrides of values."""
+    config = composed(*settings).copy()
+    for value in (f"source.path={videos}", f"directory={latents}", *values):
+        key, _, text = value.partition("=")
+        OmegaConf.update(config, key.lstrip("+"), yaml.safe_load(text), force_add=key.startswith("+"))
     check_complete(config)
     make_shards(config)
 
@@ -59,36 +76,35 @@ def test_a_training_on_latents_is_the_training_on_videos(videos: Path, latents: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("data.fps=12", r"other clips than data asks for: fps=24.0 there, 12 here; set data to what is there, or"),
-        ("data.num_frames=4", r"num_frames=8 there, 4 here"),
-        ("data.scene_cut_phrase=Cut.", r"scene_cut_phrase='The scene transitions. ' there, 'Cut.' here"),
-        ("data.height=64", r"height=32 there, 64 here"),
-        ("text.num_tokens=5", r"with text_encoder toy-64-12-0.25-0, and this run's text_encoder is toy-64-5-0.25-0"),
-        ("text.seed=3", r"text_encoder toy-64-12-0.25-0, and this run's text_encoder is toy-64-12-0.25-3"),
+        ({"fps": 12}, r"other clips than data asks for: fps=24.0 there, 12 here; set data to what is there, or"),
+        ({"num_frames": 4}, "num_frames=8 there, 4 here"),
+        ({"height": 64, "width": 48}, "height=32 there, 64 here; width=32 there, 48 here"),
+        ({"shot_rules": ShotRules("Cut.")}, r"scene_cut_phrase='The scene transitions. ' there, 'Cut.' here"),
     ],
 )
-def test_a_training_refuses_latents_that_it_would_not_have_made(
-    latents: Path, tmp_path: Path, change: str, message: str
+def test_a_training_refuses_latents_of_clips_that_it_would_not_have_read(
+    latents: Path, change: dict[str, Any], message: str
 ) -> None:
-    """Latents of other clips, or embeddings of another encoder, train without an error, and teach nothing."""
-    change = change.replace("text.seed", "+text.seed")
     with pytest.raises(ValueError, match=message):
-        run(tmp_path / "run", latents, *STEPS, change)
+        IndexedShards([latents], replace(SPEC, **change), seed=0, shuffle=True)
 
 
-def test_a_training_refuses_latents_of_another_codec(videos: Path, latents: Path, tmp_path: Path) -> None:
+def test_a_training_refuses_latents_of_another_codec_or_text_encoder(
+    videos: Path, latents: Path, tmp_path: Path
+) -> None:
     WanVideoCodec.tiny().autoencoder.save_pretrained(tmp_path / "codec")
     wan = ("codec=wan", f"codec.folder={tmp_path / 'codec'}", "model.in_channels=4", "model.out_channels=4")
     with pytest.raises(ValueError, match=r"were made with codec dct-[0-9a-f]+, and this run's codec is wan-[0-9a-f]+"):
         run(tmp_path / "run", latents, *STEPS, *wan)
-    encode(videos, tmp_path / "latents", *wan)
+    encode(videos, tmp_path / "latents", settings=(*TINY, *wan))
+    with pytest.raises(ValueError, match=r"toy-64-12-0.25-0, and this run's text_encoder is toy-64-5-0.25-0"):
+        run(tmp_path / "run", tmp_path / "latents", *STEPS, *wan, "text.num_tokens=5")
     assert run(tmp_path / "run", tmp_path / "latents", *STEPS, "trainer.max_steps=1", *wan).global_step == 1
 
 
 def test_a_batch_cannot_mix_latents_and_videos(videos: Path, latents: Path) -> None:
-    spec = ClipSpec(8, 4, 32, 32, 24)
     with pytest.raises(ValueError, match=r"holds latents, .* videos; a batch cannot mix them"):
-        IndexedShards([latents, videos], spec, seed=0, shuffle=True)
+        IndexedShards([latents, videos], SPEC, seed=0, shuffle=True)
 
 
 @pytest.fixture
@@ -100,7 +116,12 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
         assert start_method == "spawn", "CUDA works in no forked process"
         config, *counters = args
         function, config = pickle.loads(pickle.dumps((function, config)))
-        return start(function, args=(config, *counters), start_method="fork", **others)
+
+        def run(process: int) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            function(process, config, *counters)
+
+        return start(run, start_method="fork", **others)
 
     monkeypatch.setattr(torch.multiprocessing, "start_processes", fork)
 
@@ -122,8 +143,9 @@ def test_processes_of_a_task_write_what_one_writes_and_say_so(
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in latents.iterdir()}
 
 
-def test_an_error_in_a_process_ends_the_task(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task that ends as if all were well leaves a hole in the data. (Forked, which is faster than spawned.)"""
+@pytest.mark.usefixtures("forked")
+def test_an_error_in_a_process_ends_the_task(videos: Path, tmp_path: Path) -> None:
+    """A task that ends as if all were well leaves a hole in the data."""
     damaged = tmp_path / "videos"
     damaged.mkdir()
     for file in videos.iterdir():
@@ -136,8 +158,7 @@ def test_an_error_in_a_process_ends_the_task(videos: Path, tmp_path: Path, monke
 
 def test_bfloat16_halves_the_latents_and_rounds_them(videos: Path, latents: Path, tmp_path: Path) -> None:
     encode(videos, tmp_path, "encode.dtype=bfloat16", "encode.epochs=2")
-    spec = ClipSpec(8, 4, 32, 32, 24)
-    exact, rounded = (IndexedShards([folder], spec, seed=0, shuffle=False)[0] for folder in (latents, tmp_path))
+    exact, rounded = (IndexedShards([folder], SPEC, seed=0, shuffle=False)[0] for folder in (latents, tmp_path))
     assert exact.latents is not None
     assert rounded.latents is not None
     assert (exact.latents.dtype, rounded.latents.dtype) == (torch.float32, torch.bfloat16)
@@ -182,7 +203,7 @@ def test_tasks_are_told_apart_by_slurms_variables(monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patched:
             for name, value in variables.items():
                 patched.setenv(f"SLURM_{name}", str(value))
-            settings = compose("shards", ["stage=encode", "source.path=x", "directory=y"]).encode
+            settings = OmegaConf.load(config_directory() / "stage" / "encode.yaml").encode
             return settings.task_index, settings.num_tasks, settings.first_gpu
 
     assert place() == (0, 1, 0)
@@ -191,14 +212,14 @@ def test_tasks_are_told_apart_by_slurms_variables(monkeypatch: pytest.MonkeyPatc
     assert place(PROCID=0) == (0, 1, 0), "a batch script has a number, but is alone"
 
 
-def test_every_experiment_that_reads_clips_can_be_encoded() -> None:
-    """With the one setting that a training on videos needs too; nothing else must be given."""
-    for name in ("toyworld_multishot", "wan5b_teacher_forcing"):
-        given = ["codec.folder=/models/wan"] if name.startswith("wan5b") else []
-        config = compose("shards", ["stage=encode", f"experiment={name}", "source.path=x", "directory=y", *given])
-        check_complete(config)
-        assert config.data.train == "x"
-        assert config.data.num_frames == compose("train", [f"experiment={name}"]).data.num_frames
+def test_what_is_encoded_are_the_clips_of_an_experiment() -> None:
+    """With the one setting that its training needs too; nothing else must be given."""
+    experiment = ["experiment=wan5b_teacher_forcing", "codec.folder=/models/wan"]
+    config = compose("shards", ["stage=encode", "source.path=x", "directory=y", *experiment])
+    check_complete(config)
+    training = compose("train", [*experiment, "data.train=x", "directory=y"])
+    for part in ("data", "codec", "text", "seed"):
+        assert config[part] == training[part]
     with pytest.raises(ValueError, match="unknown key 'codec'"):
         compose("shards", ["source=toyworld", "directory=y", "codec=wan"])
 
