@@ -18,15 +18,15 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 CPUS = 32
 """Of a node. SLURM counts them, and nobody else: jobs share the machine's real ones."""
 
-POLL_SECONDS = 0.1
-START_SECONDS = 60.0
+POLL_SECONDS = 0.25
+START_SECONDS = 120.0
 """What the daemons may take to start, on a machine that does other things."""
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -57,12 +57,17 @@ MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,bf_interval=1
+# Time for all on a machine that does other things: connections, answers, jobs that start, and that save when they end.
+TCPTimeout=60
+MessageTimeout=60
+BatchStartTimeout=120
+KillWait=300
+UnkillableStepTimeout=600
 # Ports of jobs follow from their numbers: those of another cluster of this machine have others.
 FirstJobId={first_job}
 # Partition `low` gives way to `high`: the signal, the time until the end, the queue.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-{more}
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first_port} CPUs={cpus}
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second_port} CPUs={cpus}
 PartitionName=low Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=120
@@ -102,8 +107,8 @@ class Slurm:
 
     def submit(self, *arguments: str | Path, path: str | None = None) -> int:
         """`sbatch`; the number of the job. Its programs are looked for in the folder `path` first."""
-        here = {} if path is None else {"PATH": os.pathsep.join((path, self.environment["PATH"]))}
-        return int(self.run("sbatch", "--parsable", *map(str, arguments), **here))
+        settings = {} if path is None else {"PATH": os.pathsep.join((path, self.environment["PATH"]))}
+        return int(self.run("sbatch", "--parsable", *map(str, arguments), **settings))
 
     def job(self, job: int) -> dict[str, str]:
         """What the controller knows of a job."""
@@ -111,7 +116,7 @@ class Slurm:
         return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
     def wait_while(self, job: int, condition: Callable[[], bool], output: Path, seconds: float) -> None:
-        """Until the condition no longer holds, or the job no longer runs.
+        """Until the condition no longer holds, or the job has ended.
 
         Raises:
             TimeoutError: with the job's output, if neither happens.
@@ -145,18 +150,14 @@ def wait_until(condition: Callable[[], object], seconds: float, report: Callable
 
 
 @contextmanager
-def local_slurm(*more: str) -> Iterator[Slurm]:
-    """A cluster for the time of the context; whatever happens in it, none of its processes is left.
-
-    Args:
-        more: lines of its configuration.
-    """
+def local_slurm() -> Iterator[Slurm]:
+    """A cluster for the time of the context; whatever happens in it, none of its processes is left."""
     # Not in pytest's directories: munge wants one that others may pass, and names of sockets are short.
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True)))
         directory.chmod(0o755)
         slurm = Slurm(directory)
-        _configure(directory, more)
+        _configure(directory)
         stack.callback(_kill_all, slurm)
         key, sock = directory / "munge.key", directory / "munge.socket"
         munge = [f"--key-file={key}", f"--socket={sock}", f"--pid-file={directory}/munge.pid"]
@@ -170,7 +171,7 @@ def local_slurm(*more: str) -> Iterator[Slurm]:
         yield slurm
 
 
-def _configure(directory: Path, more: Sequence[str]) -> None:
+def _configure(directory: Path) -> None:
     for name in ("state", "spool-n1", "spool-n2"):
         (directory / name).mkdir(mode=0o755)
     key = directory / "munge.key"
@@ -186,7 +187,6 @@ def _configure(directory: Path, more: Sequence[str]) -> None:
         second_port=second_port,
         first_job=1000 + secrets.randbelow(8) * 1000,
         cpus=CPUS,
-        more="\n".join(more),
     )
     (directory / "slurm.conf").write_text(text)
 
@@ -204,8 +204,7 @@ def _daemon(slurm: Slurm, name: str, *arguments: str) -> Iterator[None]:
     """A daemon that ends with the context, and by the kernel with this process."""
     path = program(name)
     assert path is not None
-    output = slurm.directory / f"{name}-{len(arguments)}.out"
-    with output.open("a") as file:
+    with (slurm.directory / f"{name}.out").open("a") as file:
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", path, *arguments],
             env=slurm.environment,
@@ -231,7 +230,7 @@ def _idle_nodes(slurm: Slurm) -> list[str]:
 
 
 def processes_of(slurm: Slurm) -> list[int]:
-    """All processes that run in the cluster's environment: daemons, jobs, and what these have started."""
+    """All that run in the cluster's environment: daemons, jobs, and what these have started."""
     mark = f"SLURM_CONF={slurm.directory}/slurm.conf".encode()
     found = []
     for entry in Path("/proc").iterdir():
