@@ -164,15 +164,15 @@ def test_gradients_and_what_forward_keeps_are_not_added_up_twice() -> None:
     )
     assert {phase: sum(held.values()) for phase, held in once.items()} == {
         "forward": 54028,
-        "backward, first": 4321,
-        "backward, last": 54300,
+        "start of backward": 4321,
+        "end of backward": 54300,
     }
-    assert sum(more["backward, first"].values()) == 54321
+    assert sum(more["start of backward"].values()) == 54321
     without = training_phases(
         Activations(1, 20, 0, 4000), gradients=50000, converted=7, accumulation=1, saves_converted=True
     )
     assert sum(without["forward"].values()) == 50028
-    assert sum(without["backward, first"].values()) == 4028
+    assert sum(without["start of backward"].values()) == 4028
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ only the larger counts:
 | phase | beside what is always there |
 |---|---|
 | encode, samples | gradients, and what they need themselves |
-| forward, at its end | gradients, what all blocks keep, the widest features, bfloat16 copies |
-| backward, at its beginning | what all blocks keep, one block computed again, the widest gradients |
-| backward, at its end | gradients, one block, the widest gradients |
+| forward | at its end gradients, what all blocks keep, the widest features, bfloat16 copies |
+| start of backward | what all blocks keep, one block computed again, the widest gradients |
+| end of backward | gradients, one block, the widest gradients |
 | optimizer | gradients, the optimizer's own numbers |
 
 **Activations** are what autograd saves, counted by storage: `l` tokens of a rank's sequence, `d` features, `m` of the
@@ -334,14 +334,14 @@ def training_phases(
     again = {"one block, computed again": a.again} if a.again else {}
     return {
         "forward": {"gradients": gradients, **saved, **copies, "widest features": a.widest if a.again else 0},
-        "backward, first": {
+        "start of backward": {
             "gradients": gradients if accumulation > 1 else 0,
             **saved,
             **(copies if saves_converted else {}),
             **again,
             "widest gradients": a.widest,
         },
-        "backward, last": {"gradients": gradients, **again, "widest gradients": a.widest},
+        "end of backward": {"gradients": gradients, **again, "widest gradients": a.widest},
     }
 
 
