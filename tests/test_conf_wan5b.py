@@ -4,6 +4,7 @@ it, as wide as they are, trained from shards on the disk."""
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from helpers.distributed import run_on_ranks
 from helpers.runs import write_toyworld
 from longlive.callbacks.ema import EMA
 from longlive.callbacks.rank_measure import memory
-from longlive.config import check_complete, compose, config_directory, to_plain
+from longlive.config import check_complete, compose, config_directory, recipe_directory, to_plain
 from longlive.doctor.plan import make_plan
 from longlive.doctor.plan_config import Machine, codec_of, module_of
 from longlive.models.wan.model import CausalWan
@@ -147,3 +148,31 @@ def test_two_layers_of_the_true_widths_train_from_shards(tmp_path: Path) -> None
     widths = to_plain(compose("train", ["model=ti2v_5b"]))["model"]
     trained = to_plain(compose("train", overrides))["model"]
     assert {name for name in widths if widths[name] != trained[name]} == {"num_layers", "in_channels", "out_channels"}
+
+
+def commands() -> list[list[str]]:
+    """The words of every command of the recipes of these experiments, as a shell would split them."""
+    found = []
+    for path in sorted(recipe_directory().glob("wan5b_*.md")):
+        for block in re.findall(r"^```\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [words for line in lines if (words := shlex.split(line, comments=True))]
+    return found
+
+
+def test_the_commands_of_the_recipes_are_commands() -> None:
+    """A setting that was renamed since fails on somebody's cluster."""
+    of_the_plan = ("num_gpus=", "gpu_memory=", "pre_encoded=")
+    composed = set()
+    for program, command, *arguments in commands():
+        if program == "longlive" and command == "doctor":
+            command, *arguments = arguments
+            arguments = [argument for argument in arguments if not argument.startswith(of_the_plan)]
+        if program == "longlive" and command in ("plan", "train", "shards", "generate", "export"):
+            config = compose({"plan": "train"}.get(command, command), arguments)
+            if command != "plan":
+                check_complete(config)
+            composed |= {argument for argument in arguments if argument.startswith("experiment=")}
+        else:
+            assert (program, command) in {("hf", "download"), ("longlive", "weights"), ("longlive", "run")}
+    assert composed == {f"experiment={experiment}" for experiment in EXPERIMENTS}
