@@ -129,7 +129,7 @@ def _open(config: DictConfig, device: torch.device) -> tuple[LatentShards, Onlin
     if not isinstance(source, VideoShards):
         raise ValueError(
             f"stage=encode takes shards of videos, not a {type(source).__name__}; write its shards first "
-            "(stage=write), then source=shards source.path=..."
+            "(stage=write), then source=video_shards source.path=..."
         )
     if config.data.get("train") != config.source.path:
         raise ValueError(f"data.train={config.data.get('train')} is not what is encoded; give source.path alone")

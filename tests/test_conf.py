@@ -64,7 +64,7 @@ def folders(tmp_path_factory) -> dict[tuple[str, str], str]:
     return {
         ("codec", "wan"): f"codec.folder={codec}",
         ("source", "folder"): f"source.path={source}",
-        ("source", "shards"): f"source.path={source}",
+        ("source", "video_shards"): f"source.path={source}",
         ("text", "umt5"): f"text.encoder.folder={text}",
         ("data", "prompts"): f"data.prompts.path={write_prompts(text)}",
     }
