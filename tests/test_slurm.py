@@ -58,7 +58,9 @@ while not (stay or received or "fails" in sys.argv):
 sys.exit(3 if "fails" in sys.argv else 0 if stay else 75)
 """
 
+TWO_TASKS = ("--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1")
 TRAIN = "train trainer.num_nodes=1 trainer.devices=2"
+"""What the batch script makes of them."""
 
 needs_slurm = pytest.mark.skipif(program("slurmctld") is None, reason="SLURM (slurmctld) is not installed")
 
@@ -114,8 +116,11 @@ def log_of(*files: Path) -> str:
 @needs_slurm
 def test_a_run_on_two_nodes_that_is_warned_and_queued_again_equals_one_that_was_not(slurm, shards, tmp_path):
     """The warning before the end of a job's time reaches ranks and data workers alike. Lightning's own answer to it, a
-    checkpoint inside the handler that `ckpt_path="last"` does not find, is nowhere to be seen."""
+    checkpoint inside the handler that `ckpt_path="last"` does not find, is nowhere to be seen. Meanwhile, SLURM itself
+    warns a job whose time is less than what the script's `--signal` asks for."""
     whole, directory, output = tmp_path / "whole", tmp_path / "run", tmp_path / "output.txt"
+    short, path = tmp_path / "short.txt", command(tmp_path / "stand-in", STAND_IN)
+    short_job = slurm.submit(*TWO_TASKS, "--time=2", f"--output={short}", SCRIPT, path=path)
     config = config_of(whole, shards, LOGGED_EVERY, "strategy=fsdp", "trainer.devices=2")
     run_on_ranks(train, 2, config, init_process_group=False, timeout=SECONDS)
 
@@ -131,6 +136,7 @@ def test_a_run_on_two_nodes_that_is_warned_and_queued_again_equals_one_that_was_
     assert stays(directory) == [("stopped", "SIGUSR1", 0, HELD + 1), ("finished", None, HELD + 1, STEPS)]
     assert f"continuing from {directory}/checkpoints/step-{HELD + 1:07d}.ckpt" in log_of(output)
     assert not list(tmp_path.rglob("hpc_ckpt*"))
+    assert slurm.end_of(short_job, short, SECONDS) == ("COMPLETED", 1, "0:0"), log_of(short)
     assert_same_end(directory, whole)
 
 
@@ -187,14 +193,13 @@ def test_a_job_goes_back_into_the_queue_unless_it_is_cancelled_or_fails(slurm, t
     def output(name: str) -> Path:
         return tmp_path / f"{name}.txt"
 
-    def submit(name: str, *options: str, script: Path = SCRIPT, arguments: Sequence[str] = ()) -> int:
-        resources = ("--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1")
-        where = (f"--output={output(name)}", "--open-mode=append")
-        return slurm.submit(*resources, *where, *options, script, f"prompts=a {name} one", *arguments, path=path)
+    def submit(name: str, *alone: str, script: Path = SCRIPT, arguments: Sequence[str] = ()) -> int:
+        where = alone or ("--nodelist=n2",)
+        options = (*TWO_TASKS, *where, f"--output={output(name)}", "--open-mode=append")
+        return slurm.submit(*options, script, f"prompts=a {name} one", *arguments, path=path)
 
     jobs = {
         "preempted": submit("preempted", "--nodelist=n1", "--exclusive"),
-        "out of time": submit("out of time", "--time=2"),  # less than what the script's --signal asks for
         "warned at its start": submit("warned at its start", arguments=["deaf"]),
         "requeued": submit("requeued"),
         "cancelled": submit("cancelled"),
