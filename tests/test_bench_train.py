@@ -43,6 +43,7 @@ def test_steps_are_measured_beside_their_plan(capsys: pytest.CaptureFixture[str]
     assert 1 < run["hardware_tflops"] / run["model_tflops"] < 4 / 3
     assert run["peak_bytes"] > 0
     assert run["planned"]["peak_bytes"] == max(run["planned"]["phase_bytes"].values())
+    assert record["failures"] == []
     bench_train.show(record)
     printed = capsys.readouterr().out
     assert "bf16, 16 frames, 32 tokens: " in printed
@@ -92,3 +93,16 @@ def test_the_first_try_is_the_longest_clip_of_the_plan(monkeypatch: pytest.Monke
     assert [run["frames"] for run in record["runs"]] == [32, 24, 16, 16]
     with pytest.raises(ValueError, match="--longest needs --memory"):
         bench_train.measure(settings("--longest"))
+
+
+def test_a_precision_that_cannot_run_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_alone(overrides: list[str], given: argparse.Namespace) -> dict[str, str]:
+        if "precision=fp8" in overrides:
+            raise RuntimeError("no kernel\nat all")
+        return {}
+
+    monkeypatch.setattr(bench_train, "run_alone", run_alone)
+    monkeypatch.setattr(bench_train, "describe", lambda found: "")
+    record = bench_train.measure(settings("--precisions", "fp8,bf16", "--frames", "16"))
+    assert [run["precision"] for run in record["runs"]] == ["bf16"]
+    assert record["failures"] == ["RuntimeError: no kernel"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import plan_table
 import pytest
+
+import plan_table
 
 
 @pytest.mark.parametrize(("section", "clip", "precision"), [(0, "32s", "bf16"), (2, "16s", "nvfp4")])

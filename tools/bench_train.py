@@ -278,14 +278,18 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
         runs.append(attempt(settings, precision, num_chunks * chunk_frames))
         return "out_of_memory" not in runs[-1]
 
-    if not settings.longest:
-        for precision in settings.precisions:
-            runs.append(attempt(settings, precision, settings.frames))
-        return record | {"memory_gib": settings.memory, "runs": runs}
-    num_chunks = longest(longest_planned(settings, first), partial(fits, first))
-    for precision in others:
-        longest(num_chunks or 1, partial(fits, precision), may_grow=False)
-    return record | {"memory_gib": settings.memory, "runs": runs}
+    if settings.longest:
+        num_chunks = longest(longest_planned(settings, first), partial(fits, first))
+        searches = [partial(longest, num_chunks or 1, partial(fits, name), may_grow=False) for name in others]
+    else:
+        searches = [partial(fits, name, settings.frames // chunk_frames) for name in settings.precisions]
+    failures = []
+    for search in searches:
+        try:
+            search()
+        except (ImportError, RuntimeError, ValueError) as error:  # one precision cannot run here; the others are kept
+            failures.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    return record | {"memory_gib": settings.memory, "runs": runs, "failures": failures}
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -335,6 +339,8 @@ def show(record: dict[str, Any]) -> None:
         )
     console = Console(width=None if Console().is_terminal else 160)
     console.print(table)
+    for failure in record["failures"]:
+        console.print(f"did not run: {failure}", highlight=False)
     console.print(summary(record), highlight=False)
 
 
