@@ -368,6 +368,16 @@ def test_what_cannot_run_is_refused(size: int, overrides: tuple[str, ...], messa
         plan_of("balanced_sp", size, *overrides)
 
 
+def test_latents_are_not_encoded() -> None:
+    config = compose("train", ["experiment=quickstart", "callbacks.samples=null", "data.train=x"])
+    videos, latents = (make_plan(config, Machine(1, device="cpu"), pre_encoded) for pre_encoded in (False, True))
+    assert videos.ranks[0].encode_flops > latents.ranks[0].encode_flops == 0
+    assert (videos.ranks[0].encode.raw_frames, latents.ranks[0].encode.raw_frames) == (29, 0)
+    assert "codec" in videos.ranks[0].memory.always
+    assert "codec" not in latents.ranks[0].memory.always
+    assert videos.ranks[0].flops == latents.ranks[0].flops
+
+
 def test_nodes_are_whole() -> None:
     with pytest.raises(ValueError, match="gpus_per_node=8 does not divide num_gpus=12"):
         Machine(12)
@@ -407,6 +417,8 @@ def test_the_command_refuses_in_one_line_and_says_what_does_not_fit(capsys: pyte
     assert "num_gpus=... must be given" in capsys.readouterr().err
     assert doctor.main(["plan", "num_gpus=two"]) == 1
     assert capsys.readouterr().err == "longlive doctor plan: num_gpus=two is no number\n"
+    assert doctor.main(["plan", "num_gpus=1", "pre_encoded=maybe"]) == 1
+    assert capsys.readouterr().err == "longlive doctor plan: pre_encoded=maybe is neither true nor false\n"
     assert doctor.main(["plan", "num_gpus=1", "data.num_framse=8"]) == 1
     assert "did you mean data.num_frames" in capsys.readouterr().err
     assert doctor.main(["plan", "num_gpus=1", "device=cpu", "gpu_memory=0.01", "experiment=quickstart"]) == 2

@@ -6,9 +6,9 @@ steps, memory is that of a step with both.
 **Rollout.** A chunk takes calls up to its exit step, one of n with equal probability, so (n + 1) / 2 on average, and
 all but the last one a context pass. A call sees the window; ranks share the chunk's frames, and the heads.
 **Scores** are teacher forcing on the rollout: of the critic, and for the student also of the teacher, with the prompt
-and without. **Backward** of a frozen linear layer is one product, of an adapter's two layers as many again as forward;
-in the first block queries, keys and values have inputs that need no gradient, and prompts' keys and values never have
-others. With activation checkpointing, blocks are computed again.
+and without. **Backward** of a frozen linear layer is one product, of an adapter's two layers two each; in the first
+block queries, keys and values have inputs that need no gradient, and prompts' keys and values never have others. With
+activation checkpointing, blocks are computed again.
 
 **Memory** beside bases, adapters and the optimizers' state:
 
