@@ -233,6 +233,10 @@ def test_what_a_job_asks_for_follows_from_the_trainers_settings():
     """A second copy of the number of devices: half of the ranks are never started, and the others wait for them."""
     with pytest.raises(ValueError, match=r"hydra\.launcher\.\w+: .*trainer\.devices.*'auto'"):
         compose("train", ["launcher=slurm"])
+    with pytest.raises(
+        ValueError, match=r"unknown key 'hydra\.launcher\.partion'.*did you mean hydra\.launcher\.partition"
+    ):
+        compose("train", ["launcher=slurm", "trainer.devices=1", "hydra.launcher.partion=gpu"])
     asked = launcher("trainer.devices=4", "trainer.num_nodes=3")
     assert (asked.nodes, asked.tasks_per_node, asked.gpus_per_node) == (3, 4, 4)
 
