@@ -41,14 +41,14 @@ class OnlineEncoder:
     """Encodes as a training module does, in pieces.
 
     Args:
-        codec: on the device that encodes.
-        text_encoder: frozen, like the codec.
-        device: where the codec is.
+        codec, text_encoder: frozen here, as in training.
+        device: that the codec moves to.
         dtype: of the latents; a training makes float32.
     """
 
     def __init__(self, codec: VideoCodec, text_encoder: TextEncoder, device: torch.device, dtype: torch.dtype) -> None:
-        self.codec, self.text_encoder = codec, text_encoder
+        self.codec = codec.eval().requires_grad_(False).to(device)
+        self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.device, self.dtype = device, dtype
 
     @torch.no_grad()
@@ -76,36 +76,28 @@ def encode_shards(config: DictConfig) -> None:
     if num_processes < 1:
         raise ValueError(f"encode.num_processes={num_processes} must be at least 1")
     device = _device(settings.device, settings.first_gpu)
-    num_gpus = torch.cuda.device_count()
-    if device.type == "cuda" and num_processes != num_gpus:
-        log.info("%d GPUs are here; encode.num_processes=%d uses all", num_gpus, num_gpus)
-    shards, encoder = _open(config, device)
+    if device.type == "cuda" and num_processes != torch.cuda.device_count():
+        log.info("%d GPUs are here; encode.num_processes may be as many", torch.cuda.device_count())
+    shards, codec, text_encoder = _open(config, device)
     index = shards.finished()
     if index is None:
-        num_shards = len(shards.reader.shards)
-        mine = [
-            shard for process in range(num_processes) for shard in _share(task, process, num_processes).of(num_shards)
-        ]
-        num_clips = sum(len(shards.reader.shards[shard][1]) for shard in mine)
-        with _progress(f"{len(mine)} of {num_shards} shards", num_clips) as (bar, bar_task):
+        mine = [shard for share in task.split(num_processes) for shard in share.of(shards.num_shards)]
+        num_clips = sum(map(shards.num_clips, mine))
+        with _progress(f"{len(mine)} of {shards.num_shards} shards", num_clips) as (bar, bar_task):
             if num_processes == 1:
-                index = shards.encode(
-                    encoder,
-                    task,
-                    piece_frames=settings.piece_frames,
-                    strict=config.strict,
-                    advance=lambda clips: bar.advance(bar_task, clips),
-                )
+                encoder = OnlineEncoder(codec, text_encoder, device, DTYPES[settings.dtype])
+                index = _encode(config, shards, encoder, task, lambda clips: bar.advance(bar_task, clips))
             else:
-                del encoder
                 _in_processes(config, lambda clips: bar.update(bar_task, completed=clips))
                 index = shards.finished()
     print(_report(config.directory, shards, index))
 
 
-def _share(task: Share, process: int, num_processes: int) -> Share:
-    """Of a process of a task, among all processes of all tasks."""
-    return Share(task.index * num_processes + process, task.count * num_processes)
+def _encode(
+    config: DictConfig, shards: LatentShards, encoder: OnlineEncoder, share: Share, advance: Callable[[int], object]
+) -> ShardIndex | None:
+    pieces = config.encode.piece_frames
+    return shards.encode(encoder, share, piece_frames=pieces, strict=config.strict, advance=advance)
 
 
 def _device(device: str, gpu: int) -> torch.device:
@@ -118,8 +110,8 @@ def _device(device: str, gpu: int) -> torch.device:
     return torch.device("cuda", gpu % torch.cuda.device_count())
 
 
-def _open(config: DictConfig, device: torch.device) -> tuple[LatentShards, OnlineEncoder]:
-    """The set to write and what encodes, all settings checked."""
+def _open(config: DictConfig, device: torch.device) -> tuple[LatentShards, VideoCodec, TextEncoder]:
+    """The set to write, and what encodes on that kind of device, all settings checked."""
     settings = config.encode
     if settings.dtype not in DTYPES:
         raise ValueError(f"encode.dtype={settings.dtype!r} is unknown; use {' or '.join(DTYPES)}")
@@ -155,9 +147,7 @@ def _open(config: DictConfig, device: torch.device) -> tuple[LatentShards, Onlin
         device=device.type,
         versions={name: version for name, version in versions().items() if name in PACKAGES},
     )
-    shards = LatentShards(source.open(data.spec, data.seed), config.directory, latents)
-    codec = codec.eval().requires_grad_(False).to(device)
-    return shards, OnlineEncoder(codec, text_encoder, device, DTYPES[settings.dtype])
+    return LatentShards(source.open(data.spec, data.seed), config.directory, latents), codec, text_encoder
 
 
 def _in_processes(config: DictConfig, show: Callable[[int], None]) -> None:
@@ -179,23 +169,19 @@ def _process(process: int, config: dict[str, Any], num_clips: Any) -> None:
     device = _device(settings.encode.device, settings.encode.first_gpu + process)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    shards, encoder = _open(settings, device)
+    shards, codec, text_encoder = _open(settings, device)
+    encoder = OnlineEncoder(codec, text_encoder, device, DTYPES[settings.encode.dtype])
+    task = Share(settings.encode.task_index, settings.encode.num_tasks)
 
     def advance(clips: int) -> None:
         num_clips[process] += clips
 
-    shards.encode(
-        encoder,
-        _share(Share(settings.encode.task_index, settings.encode.num_tasks), process, settings.encode.num_processes),
-        piece_frames=settings.encode.piece_frames,
-        strict=settings.strict,
-        advance=advance,
-    )
+    _encode(settings, shards, encoder, task.split(settings.encode.num_processes)[process], advance)
 
 
 @contextmanager
 def _progress(what: str, num_clips: int) -> Iterator[tuple[Progress, Any]]:
-    """A bar that counts clips, those of finished shards at once, and their speed since the start."""
+    """A bar that counts clips, those of finished shards at once, and says how long the rest will take."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("clips,"))
     with Progress(*columns, TimeRemainingColumn(), TextColumn("left")) as bar:
         yield bar, bar.add_task(f"encoding {what}", total=num_clips)
@@ -203,9 +189,8 @@ def _progress(what: str, num_clips: int) -> Iterator[tuple[Progress, Any]]:
 
 def _report(directory: str, shards: LatentShards, index: ShardIndex | None) -> str:
     if index is None:
-        writer = shards.writer
         return (
-            f"this task's shards are in {directory}, {writer.num_written()} of all {writer.num_shards}; the task that "
+            f"this task's shards are in {directory}, {shards.num_written} of all {shards.num_shards}; the task that "
             "encodes the last one finishes the set"
         )
     return f"latents of {len(index.samples) - len(index.skipped)} clips in {directory}, {len(index.skipped)} unreadable"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -108,6 +109,10 @@ class Share:
     def of(self, num_shards: int) -> range:
         return range(self.index, num_shards, self.count)
 
+    def split(self, count: int) -> list[Share]:
+        """The same shards, divided among `count` workers."""
+        return [Share(self.index + self.count * worker, self.count * count) for worker in range(count)]
+
 
 class LatentShards:
     """A set of latent shards that is being written.
@@ -127,6 +132,19 @@ class LatentShards:
         self.reader, self.settings = reader, settings
         plan = settings.to_json() | {"videos": _fingerprint(reader)}
         self.writer = ShardSetWriter(Path(directory), plan, len(reader.shards))
+
+    @property
+    def num_shards(self) -> int:
+        return self.writer.num_shards
+
+    @property
+    def num_written(self) -> int:
+        """Shards that are there, whoever encoded them."""
+        return self.writer.num_written()
+
+    def num_clips(self, shard: int) -> int:
+        """Of a shard."""
+        return len(self.reader.shards[shard][1])
 
     def finished(self) -> ShardIndex | None:
         """The index, if the set is complete.
@@ -171,7 +189,6 @@ class LatentShards:
         self.writer.begin()
 
         def write(shard: int, wait: bool) -> bool:
-            num_clips = len(self.reader.shards[shard][1])
             num_encoded = 0
 
             def make(path: Path) -> ShardIndex:
@@ -182,13 +199,16 @@ class LatentShards:
 
                 return self._write_shard(path, shard, encoder, piece_frames, strict, one_more)
 
+            begin = time.monotonic()
             is_written = self.writer.write(shard, make, wait)
             if is_written:
-                advance(num_clips - num_encoded)
+                advance(self.num_clips(shard) - num_encoded)
+            if num_encoded:
+                logger.info("%s: %d clips in %.0f s", shard_name(shard), num_encoded, time.monotonic() - begin)
             return is_written
 
-        shards = (share or Share()).of(len(self.reader.shards))
-        # What other processes are at comes last: most of it will be done by then.
+        shards = (share or Share()).of(self.num_shards)
+        # What other processes are writing comes last: most of it will be done by then.
         for shard in [shard for shard in shards if not write(shard, wait=False)]:
             write(shard, wait=True)
         return self.writer.finish(_check_readable, self.settings.to_json())

@@ -313,6 +313,12 @@ def test_wrong_settings_are_refused_before_any_work(pristine_shards: Path, refer
     assert settings_of(SHORT, encoder).to_json() == json.loads((reference / "shards.json").read_text())["latents"]
 
 
+def test_every_shard_belongs_to_one_process_of_one_task() -> None:
+    shares = [part for task in range(3) for part in Share(task, 3).split(2)]
+    assert [list(share.of(8)) for share in shares] == [[0, 6], [3], [1, 7], [4], [2], [5]]
+    assert [list(share.of(8)) for share in Share(1, 3).split(1)] == [[1, 4, 7]]
+
+
 @pytest.mark.parametrize(
     ("num_frames", "piece_frames", "lengths"),
     [(1, 16, [1]), (5, 2, [5, 8, 4]), (4, 4, [13]), (4, 1, [1, 4, 4, 4])],
