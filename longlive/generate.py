@@ -36,7 +36,7 @@ from longlive.data.prompts import StoryPrompt
 from longlive.data.requests import VideoRequest, read_requests
 from longlive.data.video import open_video
 from longlive.data.video_writer import write_mp4
-from longlive.modules.base import codec_device
+from longlive.modules.base import LongLiveModule, codec_device
 from longlive.precision.auto import autocast_context
 from longlive.precision.nvfp4.linear import NVFP4Linear
 from longlive.precision.nvfp4.plugin import NVFP4Precision
@@ -63,12 +63,8 @@ def generate(config: DictConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     requests = requests_of(config)
-    trained = load_trained(config.checkpoint)
-    if config.lora is not None:
-        trained = with_lora(trained, config.lora)
+    trained, settings = load_asked(config)
     module = trained.module
-    given: dict[str, Any] = {str(name): value for name, value in config.rollout.items() if value is not None}
-    settings = replace(module.rollout, **given)
     training = trained.config["data"]
     # Checkpoints from before there was a phrase were trained without.
     scene_cut_phrase = training.get("scene_cut_phrase", "")
@@ -131,10 +127,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
     names = [slug(request.name or request.story.name) for request in requests]
     files = [directory / f"{index:03d}-{name}.mp4" for index, name in enumerate(names)]
     waiting = [index for index, file in enumerate(files) if not file.exists()]
-    module.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if isinstance(precision, LinearPrecision):
-        precision.convert_module(module.requires_grad_(False))
-        precision.freeze(module)
+    place(module, precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     engine = module.rollout_engine(settings)
     record["kv_cache_bytes"] = engine.cache_bytes(latent_size, min(config.batch_size, len(files)), max(lengths))
     batches = batches_of(waiting, [(lengths[i], i in first_frames) for i in range(len(files))], config.batch_size)
@@ -188,6 +181,27 @@ def generate(config: DictConfig) -> dict[str, Any]:
     print(f"{len(files)} videos of {sizes} raw frames in {directory}")
     print(f"contact sheet: {sheet}")
     return record
+
+
+def load_asked(config: DictConfig) -> tuple[Trained, RolloutSettings]:
+    """What the settings `checkpoint`, `lora` and `rollout` ask for.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_trained` and `with_lora`; or a setting of the rollout is wrong.
+    """
+    trained = load_trained(config.checkpoint)
+    if config.lora is not None:
+        trained = with_lora(trained, config.lora)
+    given: dict[str, Any] = {str(name): value for name, value in config.rollout.items() if value is not None}
+    return trained, replace(trained.module.rollout, **given)
+
+
+def place(module: LongLiveModule, precision: Precision | str, device: torch.device) -> None:
+    """Bring a module to its device, and its layers into the precision of the rollout, for good."""
+    module.to(device)
+    if isinstance(precision, LinearPrecision):
+        precision.convert_module(module.requires_grad_(False))
+        precision.freeze(module)
 
 
 def requests_of(config: DictConfig) -> list[VideoRequest]:

@@ -191,6 +191,7 @@ def test_rollout_settings_replace_those_of_training_and_reach_the_engine(trained
         "shot_sink": False,
         "relative_rope": True,
         "shot_rope_offset": 8.0,
+        "prompt_switch": "recache",
         "cache_dtype": "bfloat16",
     }
     assert changes.keys() == compose("generate").rollout.keys()
