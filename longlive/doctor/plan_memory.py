@@ -47,7 +47,9 @@ feed-forward's hidden features, the widest (`2 c m` per token), the allocator's 
 
 Measured on one H200 (torch 2.11; 6 blocks of 1536 features, 32,768 and 65,536 tokens, both precisions): without
 activation checkpointing, what is alive after a forward (26 to 106 GiB) is within 0.2 % of this and the peak of forward
-and backward 0.6 to 2.4 % below it; with it, the peak (6 to 22 GiB) is 11 to 14 % below.
+and backward 0.6 to 2.4 % below it; with it, the peak (6 to 22 GiB) is 11 to 14 % below. The whole 5B network with its
+optimizer and average (`tools/bench_train.py`, 64 and 72 frames): the peak in bf16 (130 and 137 GiB) is 3 % below this,
+in FP8, of whose kernels nothing is known here, 7 % above (134 GiB at 56 frames).
 """
 
 from __future__ import annotations
