@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from helpers.runs import MemoryLogger, fake_batches, fit, tiny_module
 from longlive.callbacks.checkpoint import RunCheckpoint
 from longlive.callbacks.loss_breakdown import LossBreakdown
+from longlive.data.batch import VideoBatch
 
 
 class FlushedLogger(MemoryLogger):
@@ -74,3 +79,33 @@ def test_a_resumed_run_does_not_save_its_first_step_again(tmp_path, accumulate):
     train(tmp_path, 2, resumed, **settings)
     assert names(tmp_path) == ["step-0000002.ckpt", "step-0000003.ckpt"]
     assert (tmp_path / "step-0000002.ckpt").stat().st_mtime_ns == first
+
+
+class StepsByHand(LightningModule):
+    """As distillation does; its weight counts the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: VideoBatch, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.weight.grad = torch.tensor(-1.0)
+        optimizer.step()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+@pytest.mark.parametrize(("kind", "number"), [(ModelCheckpoint, 1), (RunCheckpoint, 0)])
+def test_nobody_is_told_to_keep_weights_from_before_the_step(tmp_path, kind, number):
+    """Lightning's own callback shows that this is still the text it warns with."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        callback = kind(dirpath=tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        fit(StepsByHand(), fake_batches(4), [callback], enable_checkpointing=True)
+    assert len([each for each in caught if "pre-optimization" in str(each.message)]) == number
+    for step in (2, 4):
+        saved = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert saved["state_dict"]["weight"] == saved["global_step"] == step
