@@ -1,10 +1,7 @@
 """What Lightning gets: one endless stream of training batches, and a finite one for validation.
 
-Lightning never sees an epoch of the training data; ours are internal to the readers. So a run is measured in steps,
-and the position in the data is one number: samples consumed, over all ranks. At a checkpoint it is counted from the
-batches that were trained on (`batch_progress`), not from those that the loader has prefetched. A resumed run therefore
-draws exactly the samples that the interrupted one would have drawn next, also with another number of workers or, for
-the indexed reader, of ranks. (StatefulDataLoader would save one rank's loader state, tied to its number of workers.)
+A resumed run draws exactly the samples that the interrupted one would have drawn next (`position.py`), also with
+another number of workers or, for the indexed reader, of ranks.
 
 `global_batch_size` declares how many clips an optimizer step trains on, whatever the hardware: the number of batches
 whose gradients are accumulated follows from it, and a run that is resumed on another number of ranks trains on the same
@@ -23,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.strategies import ParallelStrategy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from longlive.data.indexed import IndexedShards
 from longlive.data.latents import EncodesClips
-from longlive.data.order import FinitePositionBatches, PositionBatches, accumulation
+from longlive.data.order import FinitePositionBatches, accumulation
+from longlive.data.position import PositionDataModule
 from longlive.data.reader import ShardReader
 from longlive.data.sample import ClipSpec, ReadsWindows, collate
 from longlive.data.shards import is_local
@@ -42,7 +38,7 @@ log = logging.getLogger(__name__)
 Locations = str | Path | Sequence[str | Path] | None
 
 
-class VideoDataModule(LightningDataModule):
+class VideoDataModule(PositionDataModule):
     """Batches of clips from shards.
 
     Args:
@@ -52,6 +48,7 @@ class VideoDataModule(LightningDataModule):
         chunk_frames: frames per chunk.
         height, width: pixels.
         fps: raw frames per second of the clips; sources of any rate are resampled.
+        clip_frames: as in `PositionDataModule`; what a batch holds is read and decoded anew for each of its steps.
         batch_size: clips per data rank and batch.
         global_batch_size: clips per optimizer step, over all data ranks and accumulated batches; sets the Trainer's
             `accumulate_grad_batches`. None: the Trainer's setting stays as it is.
@@ -79,6 +76,7 @@ class VideoDataModule(LightningDataModule):
         height: int,
         width: int,
         fps: float | int = 24.0,
+        clip_frames: int | None = None,
         batch_size: int = 1,
         global_batch_size: int | None = None,
         num_workers: int = 1,
@@ -91,7 +89,7 @@ class VideoDataModule(LightningDataModule):
         max_chunks_per_shot: int | None = None,
         forced_cut_margin: float | int = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(num_frames, clip_frames, batch_size)
         self.spec = ClipSpec(
             num_frames,
             chunk_frames,
@@ -102,8 +100,6 @@ class VideoDataModule(LightningDataModule):
             decoder,
             shot_rules=ShotRules(scene_cut_phrase, max_chunks_per_shot, forced_cut_margin),
         )
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers} must be at least 0 (0: decode in the training process)")
         if reader_timeout is not None and reader_timeout <= 0:
@@ -113,7 +109,7 @@ class VideoDataModule(LightningDataModule):
         if global_batch_size is not None:
             accumulation(global_batch_size, batch_size, data_size=1)
         self.global_batch_size = global_batch_size
-        self.batch_size, self.num_workers, self.seed, self.reader = batch_size, num_workers, seed, reader
+        self.num_workers, self.seed, self.reader = num_workers, seed, reader
         self.reader_timeout = reader_timeout
         remote = [str(location) for location in (*_as_list(train), *_as_list(val)) if not is_local(location)]
         if reader == "indexed" and remote:
@@ -127,18 +123,6 @@ class VideoDataModule(LightningDataModule):
             )
         self._datasets: dict[str, ShardReader] = {}
         self._loaders: list[WatchedLoader] = []
-        self._samples_at_start = 0
-        self._batches_at_start = 0
-
-    def data_parallel(self) -> tuple[int, int]:
-        """This process's data rank, and the number of data ranks. Sequence-parallel peers share a data rank.
-
-        Taken from the strategy's own sampler arguments (which know its mesh); override it for another layout.
-        """
-        if self.trainer is not None and isinstance(self.trainer.strategy, ParallelStrategy):
-            kwargs = self.trainer.strategy.distributed_sampler_kwargs
-            return int(kwargs["rank"]), int(kwargs["num_replicas"])
-        return 0, 1
 
     def setup(self, stage: str) -> None:
         """Open the indices, and set the Trainer's accumulation.
@@ -248,19 +232,7 @@ class VideoDataModule(LightningDataModule):
             if explained is not None:
                 exception.add_note(explained)
 
-    @property
-    def samples_consumed(self) -> int:
-        """Training samples that went through a training step, over all ranks and since the first step of the run."""
-        trained = self._num_trained_batches() - self._batches_at_start
-        return self._samples_at_start + trained * self.batch_size * self.data_parallel()[1]
-
-    def _num_trained_batches(self) -> int:
-        if self.trainer is None:
-            return self._batches_at_start
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
-
     def _num_pending_batches(self) -> int:
-        """Trained batches whose gradients still wait for their optimizer step."""
         if self.trainer is None:
             return 0
         num_batches = int(self._epoch_batches.processed)
@@ -286,24 +258,11 @@ class VideoDataModule(LightningDataModule):
         for name in ("ready", "started", "processed", "completed"):
             setattr(self._epoch_batches, name, getattr(self._epoch_batches, name) + shift)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position in the data: samples of whole optimizer steps.
-
-        `num_batches` is Lightning's own count at that moment, which it restores too.
-        """
-        pending = self._num_pending_batches() * self.batch_size * self.data_parallel()[1]
-        return {"samples_consumed": self.samples_consumed - pending, "num_batches": self._num_trained_batches()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._samples_at_start = int(state_dict["samples_consumed"])
-        self._batches_at_start = int(state_dict["num_batches"])
-
     def train_dataloader(self) -> DataLoader[Any]:
         if "train" not in self._datasets:
             raise ValueError("train is not given; name a directory of shards (`longlive shards` writes one)")
         self._resume_at_a_whole_step()
-        batches = PositionBatches(lambda: self.samples_consumed, self.batch_size, *self.data_parallel())
-        return self._loader(self._datasets["train"], batches)
+        return self._loader(self._datasets["train"], self.train_batches())
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if "val" not in self._datasets:
@@ -311,7 +270,7 @@ class VideoDataModule(LightningDataModule):
         dataset = self._datasets["val"]
         return self._loader(dataset, FinitePositionBatches(len(dataset), self.batch_size, *self.data_parallel()))
 
-    def _loader(self, dataset: ShardReader, batches: PositionBatches | FinitePositionBatches) -> DataLoader[Any]:
+    def _loader(self, dataset: ShardReader, batches: Sampler[list[int]]) -> DataLoader[Any]:
         if self.reader_timeout is not None and not self.num_workers:
             log.info("num_workers=0: the training process reads its samples itself, and reader_timeout watches nobody")
         loader = WatchedLoader(

@@ -7,7 +7,7 @@ it will have in generation, in the memory of one clip: of what came before, a st
 detached. What is settled here:
 
 **Prompts.** A stream follows the prompts that it began with to its end: a batch holds the prompts of `max_frames`, and
-the data brings it for as many steps as a stream has clips (`PromptDataModule.clip_frames`). So the place in the data
+the data brings it for as many steps as a stream has clips (`clip_frames`, `data.position`). So the place in the data
 is a function of the step, and no prompt is passed over; other samples in the middle of a stream are an error.
 
 **Who learns.** There is one stream, and a step has one clip of it. The critic learns from every clip; in its turn the
