@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.distributed import run_on_ranks
-from longlive import doctor
 from longlive.codecs.wan import WanVideoCodec
 from longlive.config import compose
 from longlive.doctor.plan import Plan, make_plan
@@ -32,7 +29,6 @@ from longlive.doctor.plan_memory import (
     training_phases,
     weight_memory,
 )
-from longlive.doctor.plan_report import as_dict
 from longlive.doctor.plan_work import (
     attention_flops,
     block_flops,
@@ -382,48 +378,3 @@ def test_nodes_are_whole() -> None:
     with pytest.raises(ValueError, match="gpus_per_node=8 does not divide num_gpus=12"):
         Machine(12)
     assert Machine(4).ranks_per_node == 4
-
-
-def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "140")
-    assert doctor.main(["plan", "experiment=quickstart", "num_gpus=1", "device=cpu", "gpu_memory=1"]) == 0
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    for line in (
-        "mesh (data x sequence) 1 x 1 = 1 processes on 1 node",
-        "clip 8 frames in 2 chunks, 16 tokens per frame",
-        "parameters 2,761,984",
-        "tokens, clean and noisy 768",
-        "loss tokens 512",
-        "raw frames read per clip 29",
-        "attention scores that are needed 44.4% of all",
-    ):
-        assert line in lines, line
-    assert lines[-1].startswith("yes: ")
-
-
-def test_json_is_printed_or_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    command = ["plan", "--json", f"json={path}", "experiment=quickstart", "num_gpus=2", "device=cpu"]
-    assert doctor.main(command) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads(path.read_text())
-    assert printed["mesh"] == {"data_parallel": 2, "sequence_parallel": 1}
-    assert printed["fits"] is None
-    assert printed["bytes_sent_per_step"]["gradients averaged over replicas"] == 4 * printed["num_parameters"]
-
-
-def test_the_command_refuses_in_one_line_and_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main(["plan", "experiment=quickstart"]) == 1
-    assert "num_gpus=... must be given" in capsys.readouterr().err
-    assert doctor.main(["plan", "num_gpus=two"]) == 1
-    assert capsys.readouterr().err == "longlive doctor plan: num_gpus=two is no number\n"
-    assert doctor.main(["plan", "num_gpus=1", "pre_encoded=maybe"]) == 1
-    assert capsys.readouterr().err == "longlive doctor plan: pre_encoded=maybe is neither true nor false\n"
-    assert doctor.main(["plan", "num_gpus=1", "data.num_framse=8"]) == 1
-    assert "did you mean data.num_frames" in capsys.readouterr().err
-    assert doctor.main(["plan", "num_gpus=1", "device=cpu", "gpu_memory=0.01", "experiment=quickstart"]) == 2
-    assert "more than gpu_memory=0.01 GiB. Training takes most" in capsys.readouterr().out
-
-
-def test_a_plan_as_json_has_no_objects_of_ours() -> None:
-    json.dumps(as_dict(plan_of("balanced_sp", 2, "data.num_frames=16", "strategy.sharding.activation_checkpointing=2")))
