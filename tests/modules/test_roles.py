@@ -97,7 +97,7 @@ def weights_of(path: Path) -> dict[str, Tensor]:
             [("network", "student teacher"), ("critic_base", "critic")],
         ),
     ],
-    ids=str,
+    ids=["run", "same", "critic", "student", "two", "all", "all as the run", "three", "settings"],
 )
 def test_roles_that_compute_the_same_share_a_base(own: dict[str, Any], run: Any, expected: list[Any]) -> None:
     bases = shared_bases(read_precisions(own, 0), run)
