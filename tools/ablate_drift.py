@@ -32,10 +32,11 @@ from longlive.generate import RECORD
 from longlive.metrics.toyworld import ATTRIBUTES, NUM_QUARTERS
 
 EXPERIMENT = "toyworld_drift"
-NUM_CLIPS = 3000
 TRAINING_FRAMES, NUM_FRAMES = 16, 128
 TEMPORAL_RATIO, FPS = 4, 24.0
 NUM_VIDEOS = 48
+
+LONGLIVE = (sys.executable, "-m", "longlive.cli")
 
 RECYCLING = {"off": ["module.error_recycling=null"], "on": []}
 """Overrides of a training."""
@@ -74,12 +75,14 @@ class Ablation:
         directory: of everything.
         seeds: of the trainings; each cell has as many.
         num_steps: of a training.
+        num_clips: that it has.
         overrides: of every training, in addition.
     """
 
     directory: Path
     seeds: Sequence[int]
     num_steps: int
+    num_clips: int
     overrides: Sequence[str] = ()
 
     def run(self, recycling: str, seed: int) -> Path:
@@ -165,7 +168,7 @@ class Ablation:
         """
         jobs = self.jobs()
         if jobs:
-            shards = ["shards", "source=toyworld", f"source.num_clips={NUM_CLIPS}", f"directory={self.shards}"]
+            shards = ["shards", "source=toyworld", f"source.num_clips={self.num_clips}", f"directory={self.shards}"]
             shards.append(f"source.num_raw_frames={num_raw_frames(TRAINING_FRAMES, TEMPORAL_RATIO)}")
             run_jobs([Job(self.directory / "shards.log", [shards])], at_once)
             run_jobs(jobs, at_once)
@@ -180,8 +183,13 @@ class Job:
     commands: list[list[str]]
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
+def run_jobs(jobs: Sequence[Job], at_once: int, program: Sequence[str] = LONGLIVE) -> None:
     """Run jobs, so many at once; the first command that fails ends them all.
+
+    Args:
+        jobs: in the order in which they begin.
+        at_once: processes.
+        program: what the commands are arguments of.
 
     Raises:
         RuntimeError: naming the log of that command.
@@ -194,7 +202,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         print(f"longlive {' '.join(command)}", flush=True)
         with job.log.open("ab") as log:
-            process = subprocess.Popen([sys.executable, "-m", "longlive.cli", *command], stdout=log, stderr=log)
+            process = subprocess.Popen([*program, *command], stdout=log, stderr=log)
         running.append((process, job, rest))
 
     try:
@@ -364,7 +372,7 @@ def draw_sheets(sheets: Mapping[Cell, Path], path: Path, num_rows: int = 4, rows
     whole = Image.new("RGB", (2 * width + gap, 2 * height), "white")
     for index, part in enumerate(parts):
         whole.paste(part, (index % 2 * (width + gap), index // 2 * height))
-    whole.save(path, optimize=True)
+    whole.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -372,6 +380,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--directory", type=Path, default=Path(f"runs/{EXPERIMENT}"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
     parser.add_argument("--steps", type=int, default=3000, help="of a training")
+    parser.add_argument("--clips", type=int, default=3000, help="of the toy world, for all trainings")
     parser.add_argument("--at-once", type=int, default=1, help="trainings that share the device")
     parser.add_argument("--images", type=Path, help="draw the plot and the sheets into this folder")
     parser.add_argument("overrides", nargs="*", help="after --: settings of every training, such as model.dim=32")
@@ -382,8 +391,13 @@ def main() -> None:
     settings = command_line().parse_args()
     # As by Ctrl-C: what runs is ended, and saves what it has.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    ablation = Ablation(settings.directory, settings.seeds, settings.steps, settings.overrides)
-    results = ablation.complete(settings.at_once)
+    ablation = Ablation(settings.directory, settings.seeds, settings.steps, settings.clips, settings.overrides)
+    try:
+        results = ablation.complete(settings.at_once)
+    except RuntimeError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
     text = tables(results)
     (settings.directory / "tables.md").write_text(text)
     print(text, end="")
