@@ -8,36 +8,11 @@ import peft
 import pytest
 import torch
 
+from helpers.adapters import base, velocity
 from longlive.adapters.longlive_lora import load_longlive_adapter
 from longlive.adapters.lora import PREFIX, adapter_names, adapter_state, use_adapter
 from longlive.adapters.lora_files import load_adapter, save_adapter
-from longlive.models.attention import dense_attention
-from longlive.models.wan.config import WanConfig
-from longlive.models.wan.model import CausalWan
-from longlive.models.wan.rope import Rotation
 from longlive.typing import Tensor
-
-CONFIG = WanConfig.tiny(num_layers=2, dim=24, ffn_dim=32, num_heads=2, in_channels=4, out_channels=4, text_dim=8)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, rotation: Rotation, layer: int) -> Tensor:
-    return dense_attention(rotation.rotate(query), rotation.rotate(key), value)
-
-
-@torch.no_grad()
-def velocity(network: torch.nn.Module) -> Tensor:
-    numbers = torch.Generator().manual_seed(1)
-    latents, prompts = torch.randn(1, 2, 4, 4, 4, generator=numbers), torch.randn(1, 3, 8, generator=numbers)
-    index = torch.zeros(1, 1, dtype=torch.int64)
-    return network(latents, torch.full((1, 2), 500.0), prompts, index, torch.arange(2)[None], attend)
-
-
-def base() -> CausalWan:
-    network = CausalWan(CONFIG)
-    network.init_weights(0)
-    with torch.no_grad():
-        network.head.head.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(2))
-    return network
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +72,7 @@ def test_what_is_no_adapter_of_this_network_leaves_it_as_it_was(theirs: peft.Pef
         f"{first} is missing on one side": {key: tensor for key, tensor in state.items() if key != first},
         "no linear layer is named 'blocks.7.ffn.0'": {
             **state,
-            f"{PREFIX}blocks.7.ffn.0.lora_A.weight": torch.zeros(4, 24),
+            f"{PREFIX}blocks.7.ffn.0.lora_A.weight": torch.zeros(4, 32),
         },
         "holds generator; looked for generator_lora": {"generator": state},
     }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
+from helpers.adapters import CONFIG, adapted, base, fill_adapter, velocity
 from longlive.adapters.lora import (
     LoRASettings,
     adapter_parameters,
@@ -22,48 +23,14 @@ from longlive.adapters.lora import (
 )
 from longlive.adapters.lora_files import load_adapter, save_adapter
 from longlive.adapters.lora_merging import merge_adapter
-from longlive.models.attention import dense_attention
-from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
-from longlive.models.wan.rope import Rotation
 from longlive.models.wan.weights import save_weights
 from longlive.parallel.materialise import materialise
 from longlive.precision.nvfp4.linear import NVFP4Linear
 from longlive.precision.nvfp4.plugin import NVFP4Precision
-from longlive.typing import Tensor
 
-CONFIG = WanConfig.tiny(num_layers=2, dim=32, ffn_dim=64, num_heads=2, in_channels=4, out_channels=4, text_dim=8)
 SETTINGS = LoRASettings(rank=4, alpha=8)
 LINEARS = [f"{attention}.{which}" for attention in ("self_attn", "cross_attn") for which in "qkvo"] + ["ffn.0", "ffn.2"]
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, rotation: Rotation, layer: int) -> Tensor:
-    return dense_attention(rotation.rotate(query), rotation.rotate(key), value)
-
-
-def velocity(network: CausalWan) -> Tensor:
-    """At one fixed point."""
-    numbers = torch.Generator().manual_seed(1)
-    latents, prompts = torch.randn(1, 2, 4, 4, 4, generator=numbers), torch.randn(1, 3, 8, generator=numbers)
-    timesteps = torch.full((1, 2), 500.0)
-    return network(latents, timesteps, prompts, torch.zeros(1, 1, dtype=torch.int64), torch.arange(2)[None], attend)
-
-
-def base(seed: int = 0) -> CausalWan:
-    network = CausalWan(CONFIG)
-    network.init_weights(seed)
-    with torch.no_grad():
-        network.head.head.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(2))
-    return network
-
-
-def trained(network: CausalWan, name: str, seed: int) -> None:
-    """An adapter with a B that does something."""
-    numbers = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter_name, parameter in adapter_parameters(network, name):
-            if "lora_B" in parameter_name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=numbers))
 
 
 @pytest.fixture
@@ -71,13 +38,8 @@ def network() -> CausalWan:
     made = base()
     for seed, name in enumerate(("student", "critic"), start=1):
         add_adapter(made, name, SETTINGS, seed)
-        trained(made, name, seed)
+        fill_adapter(made, name, seed)
     return made
-
-
-def adapted(name: str | None, network: CausalWan) -> Tensor:
-    with use_adapter(network, name), torch.no_grad():
-        return velocity(network)
 
 
 def test_an_adapter_adds_its_product_to_every_linear_layer_of_the_blocks(network: CausalWan) -> None:
@@ -213,7 +175,7 @@ def test_adapters_stay_in_high_precision_beside_a_packed_base(order: str, tmp_pa
     if order == "precision first":
         plugin.convert_module(made)
     add_adapter(made, "student", SETTINGS)
-    trained(made, "student", 5)
+    fill_adapter(made, "student", 5)
     plugin.convert_module(made)
     train_only(made, ["student"])
     with plugin.forward_context():

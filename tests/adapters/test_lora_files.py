@@ -10,15 +10,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from helpers.adapters import CONFIG, LATENTS, PROMPTS, TIMESTEP, adapted, base, fill_adapter, velocity
 from helpers.runs import assert_same
 from longlive.adapters.export import CastFormat, write_export
 from longlive.adapters.lora import (
     LoRASettings,
     adapter_names,
-    adapter_parameters,
     adapter_state,
     add_adapter,
-    use_adapter,
 )
 from longlive.adapters.lora_files import (
     DIFFUSERS_FILE,
@@ -31,56 +30,21 @@ from longlive.adapters.lora_files import (
     write_lora,
 )
 from longlive.adapters.lora_merging import merge_adapter
-from longlive.models.attention import dense_attention
-from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
-from longlive.models.wan.rope import Rotation
 from longlive.models.wan.weights import save_weights
 from longlive.typing import Tensor
 
-CONFIG = WanConfig.tiny(num_layers=2, dim=32, ffn_dim=64, num_heads=2, in_channels=4, out_channels=4, text_dim=8)
 RUN = {"module": {"seed": 3}, "data": {"fps": 24.0}}
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, rotation: Rotation, layer: int) -> Tensor:
-    return dense_attention(rotation.rotate(query), rotation.rotate(key), value)
-
-
-LATENTS = torch.randn(1, 2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-PROMPTS = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(2))
-
-
-def velocity(network: CausalWan) -> Tensor:
-    """At one fixed point."""
-    positions = torch.arange(2)[None]
-    return network(LATENTS, torch.full((1, 2), 5.0), PROMPTS, torch.zeros(1, 1, dtype=torch.int64), positions, attend)
-
-
-def base() -> CausalWan:
-    network = CausalWan(CONFIG)
-    network.init_weights(0)
-    with torch.no_grad():
-        network.head.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
-    return network
 
 
 @pytest.fixture(scope="module")
 def network() -> CausalWan:
     """Two adapters that do something; alpha is not the rank."""
     made = base()
-    numbers = torch.Generator().manual_seed(5)
-    for name in ("student", "critic"):
+    for seed, name in enumerate(("student", "critic")):
         add_adapter(made, name, LoRASettings(rank=4, alpha=8))
-        with torch.no_grad():
-            for parameter_name, parameter in adapter_parameters(made, name):
-                if "lora_B" in parameter_name:
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=numbers))
+        fill_adapter(made, name, seed)
     return made
-
-
-def adapted(name: str | None, network: CausalWan) -> Tensor:
-    with use_adapter(network, name), torch.no_grad():
-        return velocity(network)
 
 
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
@@ -137,7 +101,7 @@ def diffusers_network(folder: Path) -> diffusers.WanTransformer3DModel:
 
 def their_velocity(model: diffusers.WanTransformer3DModel) -> Tensor:
     with torch.no_grad():
-        (made,) = model.eval()(LATENTS.transpose(1, 2), torch.tensor([5.0]), PROMPTS, return_dict=False)
+        (made,) = model.eval()(LATENTS.transpose(1, 2), torch.tensor([TIMESTEP]), PROMPTS, return_dict=False)
     return made.transpose(1, 2)
 
 

@@ -3,37 +3,25 @@
 import pytest
 import torch
 
-from longlive.adapters.lora import LoRASettings, adapter_names, adapter_parameters, adapter_state, add_adapter
+from helpers.adapters import base, fill_adapter
+from longlive.adapters.lora import LoRASettings, adapter_names, adapter_state, add_adapter
 from longlive.adapters.lora_merging import merge_adapter
-from longlive.models.wan.config import WanConfig
 from longlive.models.wan.model import CausalWan
-
-CONFIG = WanConfig.tiny(num_layers=2, dim=32, ffn_dim=64, num_heads=2, in_channels=4, out_channels=4, text_dim=8)
-
-
-def base(dtype: torch.dtype) -> CausalWan:
-    network = CausalWan(CONFIG)
-    network.init_weights(0)
-    return network.to(dtype)
 
 
 def adapted(dtype: torch.dtype) -> CausalWan:
     """Two adapters that do something; the second's layers are fewer."""
-    network = base(dtype)
+    network = base().to(dtype)
     add_adapter(network, "student", LoRASettings(rank=4, alpha=8))
     add_adapter(network, "critic", LoRASettings(rank=2, alpha=2, targets=["ffn.0"]))
-    numbers = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name in ("student", "critic"):
-            for parameter_name, parameter in adapter_parameters(network, name):
-                if "lora_B" in parameter_name:
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=numbers))
+    for seed, name in enumerate(("student", "critic")):
+        fill_adapter(network, name, seed)
     return network
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float32, 20)])
 def test_merged_weights_are_base_and_adapter_to_the_rounding_of_their_dtype(dtype: torch.dtype, bits: int) -> None:
-    network, plain = adapted(dtype), dict(base(dtype).named_parameters())
+    network, plain = adapted(dtype), dict(base().to(dtype).named_parameters())
     state = {name: value.double() for name, value in adapter_state(network, "student").items()}
     merge_adapter(network, "student")
     merged = dict(network.named_parameters())
@@ -55,7 +43,7 @@ def test_merged_weights_are_base_and_adapter_to_the_rounding_of_their_dtype(dtyp
 
 
 def test_without_an_adapter_the_base_stays_and_a_wrong_name_changes_nothing() -> None:
-    network, plain = adapted(torch.float32), base(torch.float32).state_dict()
+    network, plain = adapted(torch.float32), base().state_dict()
     with pytest.raises(ValueError, match="no adapter 'teacher'; there are critic, student"):
         merge_adapter(network, "teacher")
     assert adapter_names(network) == ["critic", "student"]
