@@ -29,7 +29,7 @@ from longlive.typing import Int, Latents, Tensor
 SPEC = BatchSpec(batch_size=2, num_frames=16, chunk_frames=4, channels=16, height=4, width=4)
 SHOTS = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 2]])
 STEPS, HALF = 5, 3
-MESHES = {"1 x 1": (1, 1), "1 x 2": (1, 2), "2 x 2": (2, 2)}
+MESHES = {"1 x 1": (1, 1), "1 x 2": (1, 2), "2 x 2": (2, 2), "1 x 4": (1, 4)}
 """Data ranks x sequence ranks."""
 
 
@@ -190,12 +190,12 @@ def runs(tmp_path_factory) -> dict[str, Seen]:
         return {name: of_all([seen[name] for seen in ranks]) for name in ranks[0]}
 
     found = several(("1 x 1", None), ("1 x 1", "1 x 1"))
-    found |= on_ranks(4, ("2 x 2", None), ("2 x 2", "2 x 2"))
+    found |= on_ranks(4, ("2 x 2", None), ("2 x 2", "2 x 2"), ("1 x 4", None))
     found |= on_ranks(2, ("1 x 2", None), ("1 x 2", "2 x 2"))
     return found | several(("1 x 1", "2 x 2"))
 
 
-@pytest.mark.parametrize("mesh", ["1 x 2", "2 x 2"])
+@pytest.mark.parametrize("mesh", ["1 x 2", "2 x 2", "1 x 4"])
 def test_losses_over_five_steps_are_those_of_one_rank(runs: dict[str, Seen], mesh: str) -> None:
     expected, found = runs["1 x 1"], runs[mesh]
     assert len(expected.losses) == STEPS
