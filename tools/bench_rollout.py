@@ -20,7 +20,8 @@ of seconds that the process computed, on all its threads: other jobs on the mach
 the cache, except for the last chunk of a video. With guidance a call has two rows per video. The counted ratio is one
 of rows. The calls of the measured rollouts are counted too; other numbers stop the benchmark. What measured ratios lack
 of the counted ones is what a row costs a student more: calls of half as many rows, or an adapter that multiplies beside
-its base (`--merge` adds it to the weights first, as `longlive export` does; it is gone then).
+its base. So a student with an adapter rolls out twice: as it is, and with the adapter merged into the weights, as
+`longlive export` does (not over packed weights, which take none).
 
 In a round, all students roll out, then the teacher, then the students again; a student's seconds in a round are the
 mean of its two. Figures are medians over the rounds, in brackets the lowest and the highest.
@@ -102,22 +103,27 @@ def batches_of(num_videos: int, batch_size: int) -> list[int]:
     return [min(batch_size, num_videos - first) for first in range(0, num_videos, batch_size)]
 
 
-def load(given: Sequence[str], settings: argparse.Namespace, number: int) -> Contestant:
-    """The model that settings of `longlive generate` name; `number` tells those of as many steps apart.
+def load(given: Sequence[str], device: str, role: str, merge: bool = False) -> Contestant:
+    """The model that settings of `longlive generate` name.
+
+    Args:
+        given: the settings.
+        device: where it rolls out.
+        role: begins its name.
+        merge: its adapter into its weights.
 
     Raises:
         ValueError, FileNotFoundError: as `longlive generate`.
     """
     config = compose("generate", [*given, "directory=none"])
     trained, rollout = load_asked(config)
-    module, adapter = trained.module, None
-    if module.adapter is not None:
-        adapter = "merged" if settings.merge else "beside the weights"
-        if settings.merge:
-            merge_adapter(module.trained_network, module.adapter)
-            module.hold(module.trained_network)
+    module = trained.module
+    adapter = None if module.adapter is None else "merged" if merge else "beside the weights"
+    if merge:
+        merge_adapter(module.trained_network, module.adapter)
+        module.hold(module.trained_network)
     precision, precision_record = precision_of(trained, config)
-    place(module, precision, torch.device(settings.device))
+    place(module, precision, torch.device(device))
     record = {
         "given": list(given),
         "checkpoint": str(trained.path),
@@ -127,9 +133,11 @@ def load(given: Sequence[str], settings: argparse.Namespace, number: int) -> Con
         "rollout": asdict(rollout),
         "precision": precision_record,
     }
-    name = f"{'student' if number else 'teacher'}{number or ''}: {rollout.num_steps} steps"
+    name = f"{role}: {rollout.num_steps} steps"
     if rollout.guided:
         name += f", guidance {rollout.guidance_scale:g}"
+    if adapter is not None:
+        name += f", adapter {adapter}"
     return Contestant(name, tuple(given), trained, module.rollout_engine(rollout), precision, record)
 
 
@@ -139,8 +147,7 @@ def check(teacher: Contestant, student: Contestant) -> None:
     if ours.guided or not theirs.guided:
         raise ValueError(
             f"guidance_scale={theirs.guidance_scale} of the teacher, {ours.guidance_scale} of {' '.join(student.given)}"
-            ": a student goes without guidance, and the teacher with it; give rollout.guidance_scale=1 to the one, or 3 to "
-            "the other"
+            ": the teacher takes guidance, a student none; give the one rollout.guidance_scale=3, the other 1"
         )
     other = asdict(replace(theirs, num_steps=ours.num_steps, guidance_scale=1.0, solver=ours.solver))
     differing = [f"rollout.{name}={value}" for name, value in other.items() if value != asdict(ours)[name]]
@@ -251,10 +258,14 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)} must be at least 1")
     record = header(settings)
     torch.set_num_threads(settings.threads)
-    teacher = load([*TEACHER, *settings.teacher], settings, 0)
-    students = [load(given, settings, number) for number, given in enumerate(settings.student, 1)]
-    for student in students:
-        check(teacher, student)
+    teacher = load([*TEACHER, *settings.teacher], settings.device, "teacher")
+    students = []
+    for number, given in enumerate(settings.student, start=1):
+        students.append(load(given, settings.device, f"student {number}"))
+        check(teacher, students[-1])
+        trained = students[-1].trained
+        if trained.module.adapter is not None and trained.packing is None:
+            students.append(load(given, settings.device, f"student {number}", merge=True))
     work = Work(settings, teacher)
     counted = {
         one.name: count_calls(one.engine.settings, settings.frames, work.batches) for one in (teacher, *students)
@@ -327,12 +338,12 @@ def show(record: dict[str, Any]) -> None:
         title=f"{settings['videos']} videos of {settings['frames']} frames in batches of {settings['batch_size']}: "
         f"seconds, medians of {settings['rounds']} rounds"
     )
-    for title in ("", "calls", "rows", *PHASES, "adapter"):
-        table.add_column(title, justify="right" if title not in ("", "adapter") else "left")
+    for title in ("", "calls", "rows", *PHASES):
+        table.add_column(title, justify="right" if title else "left")
     for name, row in record["models"].items():
         medians = [f"{statistics.median(row['seconds_by_round'][phase]):.2f}" for phase in PHASES]
         counted = row["counted"]
-        table.add_row(name, f"{counted['calls']:,}", f"{counted['rows']:,}", *medians, row["adapter"] or "none")
+        table.add_row(name, f"{counted['calls']:,}", f"{counted['rows']:,}", *medians)
     console.print(table)
     table = Table(title="the teacher's seconds over a student's")
     for title in ("", "counted", "rollout", "measured / counted", "processor", "whole"):
@@ -364,7 +375,6 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=16, help="videos that roll out together")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--merge", action="store_true", help="add adapters to the weights before they roll out")
     return parser
 
 
