@@ -80,6 +80,9 @@ def test_a_curve_lies_at_the_middles_of_the_quarters_between_the_worst_and_the_b
 def test_what_is_finished_is_kept_and_the_rest_is_run(ablation: Ablation) -> None:
     """A training is started again (and continues) for the rollouts that are missing, and for no other."""
     assert ablation.jobs() == []
+    assert ablation.complete(at_once=1) == ablation.results()
+    with pytest.raises(ValueError, match="at_once=0 must be at least 1"):
+        ablation.complete(at_once=0)
     write_record(ablation, Cell("on", "relative"), 5, None)
     (job,) = ablation.jobs()
     assert [command[0] for command in job.commands] == ["train", "generate"]

@@ -75,7 +75,7 @@ class Ablation:
         directory: of everything.
         seeds: of the trainings; each cell has as many.
         num_steps: of a training.
-        num_clips: that it has.
+        num_clips: of the toy world, the same for all trainings.
         overrides: of every training, in addition.
     """
 
@@ -165,7 +165,10 @@ class Ablation:
 
         Raises:
             RuntimeError: if a command fails; the others are then ended, and save what they have.
+            ValueError: if none may run, or something else lies where the rollouts should.
         """
+        if at_once < 1:
+            raise ValueError(f"at_once={at_once} must be at least 1")
         jobs = self.jobs()
         if jobs:
             shards = ["shards", "source=toyworld", f"source.num_clips={self.num_clips}", f"directory={self.shards}"]
@@ -394,7 +397,7 @@ def main() -> None:
     ablation = Ablation(settings.directory, settings.seeds, settings.steps, settings.clips, settings.overrides)
     try:
         results = ablation.complete(settings.at_once)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
