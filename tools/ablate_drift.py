@@ -375,7 +375,7 @@ def draw_sheets(sheets: Mapping[Cell, Path], path: Path, num_rows: int = 4, rows
     whole = Image.new("RGB", (2 * width + gap, 2 * height), "white")
     for index, part in enumerate(parts):
         whole.paste(part, (index % 2 * (width + gap), index // 2 * height))
-    whole.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    whole.save(path, optimize=True)
 
 
 def command_line() -> argparse.ArgumentParser:
