@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,20 @@ def tiny_module(
 def fake_batches(number: int, **changes: Any) -> list[VideoBatch]:
     """Random latents, other ones in every batch."""
     return [VideoBatch.fake(BatchSpec(**vars(SPEC) | changes), seed=index) for index in range(number)]
+
+
+def samples_of_rank(batch: VideoBatch, rank: int, size: int) -> VideoBatch:
+    """A data rank's samples of a global batch, as latents."""
+    assert batch.latents is not None
+    mine = slice(rank * batch.batch_size // size, (rank + 1) * batch.batch_size // size)
+    return replace(
+        batch,
+        latents=batch.latents[mine],
+        shot_index=batch.shot_index[mine],
+        prompts=batch.prompts[mine],
+        num_valid_frames=batch.num_valid_frames[mine],
+        sample_ids=batch.sample_ids[mine],
+    )
 
 
 class MemoryLogger(Logger):

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 
 from helpers.distributed import run_on_ranks
+from helpers.noisy import Noisy
 from helpers.runs import assert_same, fit, tiny_module
 from longlive.adapters.lora import LoRASettings
 from longlive.data.batch import BatchSpec, VideoBatch
@@ -25,7 +26,6 @@ from longlive.models.wan.config import WanConfig
 from longlive.modules.distillation import DistillationModule
 from longlive.parallel.fsdp import ShardingOptions
 from longlive.parallel.layout import MakeLayout, balanced_layout, contiguous_layout
-from longlive.parallel.materialise import local_part
 from longlive.parallel.mesh import SequenceShare
 from longlive.parallel.strategy import BalancedSPStrategy
 from longlive.rollout.settings import RolloutSettings
@@ -54,22 +54,6 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 """Of prompts, the student learns in the steps 0 and 2: a checkpoint after one is in the middle of a cycle."""
-
-
-class Noisy(DistillationModule):
-    """Random throughout: Wan's zero head and LoRA's zero B would hide every error."""
-
-    def configure_model(self) -> None:
-        if self.network is not None:
-            return
-        super().configure_model()
-        numbers = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in self.trained_network.named_parameters():
-                if name.endswith(("modulation", "bias")) or name.startswith("head") or "lora_B" in name:
-                    drawn = 0.2 * torch.randn(parameter.shape, generator=numbers)
-                    part, where = local_part(parameter)
-                    part.add_(drawn[where])
 
 
 def make_module(kind: str, module_class: type[DistillationModule] = Noisy, **changes: Any) -> DistillationModule:

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
 from helpers.distributed import run_on_ranks
-from helpers.runs import Randomise, assert_same, fit, tiny_module
+from helpers.runs import Randomise, assert_same, fit, samples_of_rank, tiny_module
 from longlive.data.batch import BatchSpec, VideoBatch
 from longlive.models.wan.config import WanConfig
 from longlive.modules.multi_shot import MultiShotModule
@@ -42,20 +42,6 @@ def make_batch(seed: int) -> VideoBatch:
         prompts=prompts,
         num_valid_frames=torch.tensor([16, 6 + seed]),
         sample_ids=torch.tensor([41, 7]) - seed,
-    )
-
-
-def part(batch: VideoBatch, rank: int, size: int) -> VideoBatch:
-    """A data rank's samples."""
-    assert batch.latents is not None
-    mine = slice(rank * 2 // size, (rank + 1) * 2 // size)
-    return replace(
-        batch,
-        latents=batch.latents[mine],
-        shot_index=batch.shot_index[mine],
-        prompts=batch.prompts[mine],
-        num_valid_frames=batch.num_valid_frames[mine],
-        sample_ids=batch.sample_ids[mine],
     )
 
 
@@ -151,7 +137,9 @@ def train(mesh: str = "1 x 1", save: Path | None = None, checkpoint: Path | None
     world = data_size * sequence_size
     strategy = {"strategy": BalancedSPStrategy(sequence_size), "devices": world} if world > 1 else {}
     data_rank = int(os.environ["RANK"]) // sequence_size if world > 1 else 0
-    batches = [part(make_batch(seed), data_rank, data_size) for seed in range(HALF if checkpoint else 0, STEPS)]
+    batches = [
+        samples_of_rank(make_batch(seed), data_rank, data_size) for seed in range(HALF if checkpoint else 0, STEPS)
+    ]
     record = Record(save)
     callbacks = [record] if checkpoint else [Randomise(), record]
     module = make_module(recycling() if recycled else None)

@@ -15,13 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 
 from helpers.distributed import run_on_ranks
+from helpers.noisy import Noisy
 from helpers.runs import assert_same, fit, tiny_module
 from longlive.adapters.lora import LoRASettings
 from longlive.data.prompt_batches import PromptBatch
 from longlive.modules.distillation import DistillationModule
 from longlive.modules.streaming import StreamingSettings
 from longlive.parallel.fsdp import ShardingOptions
-from longlive.parallel.materialise import local_part
 from longlive.parallel.strategy import BalancedSPStrategy, ShardedStrategy
 from longlive.rollout.settings import RolloutSettings
 from longlive.typing import Tensor
@@ -32,22 +32,6 @@ SHOTS = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]])
 caches in both, or one waits for ever."""
 STEPS, HALF = 4, 2
 """Streams of three clips: a checkpoint after two steps is in the middle of the first. The student learns in 0 and 2."""
-
-
-class Noisy(DistillationModule):
-    """Random throughout: Wan's zero head and LoRA's zero B would hide every error."""
-
-    def configure_model(self) -> None:
-        if self.network is not None:
-            return
-        super().configure_model()
-        numbers = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in self.trained_network.named_parameters():
-                if name.endswith(("modulation", "bias")) or name.startswith("head") or "lora_B" in name:
-                    drawn = 0.2 * torch.randn(parameter.shape, generator=numbers)
-                    part, where = local_part(parameter)
-                    part.add_(drawn[where])
 
 
 def module() -> DistillationModule:

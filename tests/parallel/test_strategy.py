@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.distributed import run_on_ranks
-from helpers.runs import Randomise, fit, tiny_module
+from helpers.runs import Randomise, fit, samples_of_rank, tiny_module
 from longlive.data.batch import BatchSpec, VideoBatch
 from longlive.models.wan.config import WanConfig
 from longlive.modules.teacher_forcing import TeacherForcingModule
@@ -43,20 +43,6 @@ def make_batch(seed: int = 0, num_valid: tuple[int, int] = (16, 16)) -> VideoBat
         prompts=prompts,
         num_valid_frames=torch.tensor(num_valid),
         sample_ids=torch.tensor([41, 7]) + 100 * seed,
-    )
-
-
-def part(batch: VideoBatch, rank: int, size: int) -> VideoBatch:
-    """A data rank's samples."""
-    assert batch.latents is not None
-    mine = slice(rank * 2 // size, (rank + 1) * 2 // size)
-    return replace(
-        batch,
-        latents=batch.latents[mine],
-        shot_index=batch.shot_index[mine],
-        prompts=batch.prompts[mine],
-        num_valid_frames=batch.num_valid_frames[mine],
-        sample_ids=batch.sample_ids[mine],
     )
 
 
@@ -117,7 +103,7 @@ def on_ranks(
 
     def run() -> Seen:
         data_rank, data_size = int(os.environ["RANK"]) // size, world // size
-        mine = [part(batch, data_rank, data_size) for batch in batches]
+        mine = [samples_of_rank(batch, data_rank, data_size) for batch in batches]
         return train(mine, make_module(**changes), strategy=SPLITS[split](size), devices=world, **settings)
 
     ranks = run_on_ranks(run, world, init_process_group=False)
