@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 from longlive.data.datamodule import VideoDataModule
 from longlive.data.indexed import IndexedShards
 from longlive.data.order import epoch_order, samples_at
-from longlive.data.sample import ClipSpec
+from longlive.data.sample import ClipSpec, UnreadableSampleError
 from longlive.data.streamed import StreamedShards
 from longlive.data.workers import DataWorkerError, Reading, WatchedLoader
 
@@ -30,10 +30,10 @@ class Bad(IndexedShards):
 
     happens: Callable[[], None]
 
-    def _read(self, sample_id: int) -> object:  # type: ignore[override]
+    def _read(self, sample_id: int, wanted: Collection[str]) -> dict[str, bytes] | UnreadableSampleError:
         if sample_id == BAD:
             self.happens()
-        return super()._read(sample_id)
+        return super()._read(sample_id, wanted)
 
 
 def loader_of(directory: Path, spec: ClipSpec, happens: Callable[[], None], timeout: float | None) -> WatchedLoader:
