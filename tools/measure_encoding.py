@@ -102,7 +102,10 @@ def _encode(sender: object, arguments: argparse.Namespace, num_frames: int, num_
     )
     with tempfile.TemporaryDirectory() as folder:
         videos = Path(folder, "videos")
-        write_shards(ToyWorldSource(num_clips, spec.num_raw_frames), videos, clips_per_shard=10, progress=False)
+        # By another process, whose peak is not encoding's: it draws all frames of a clip at once.
+        writer = multiprocessing.get_context("spawn").Process(target=_write, args=(videos, num_clips, spec))
+        writer.start()
+        writer.join()
         shards = LatentShards(VideoShards(videos).open(spec, 0), Path(folder, "latents"), settings)
         begin, peaks = time.monotonic(), []
 
@@ -113,6 +116,10 @@ def _encode(sender: object, arguments: argparse.Namespace, num_frames: int, num_
         note()
         shards.encode(encoder, piece_frames=piece_frames, advance=lambda clips: note() if clips else None)
     sender.send(peaks)  # type: ignore[attr-defined]
+
+
+def _write(directory: Path, num_clips: int, spec: ClipSpec) -> None:
+    write_shards(ToyWorldSource(num_clips, spec.num_raw_frames), directory, clips_per_shard=10, progress=False)
 
 
 def _peak_memory() -> int:
