@@ -17,6 +17,7 @@ import torch
 import webdataset
 
 from helpers.clips import NumberedSource
+from helpers.folders import contents, in_a_process
 from helpers.latents import SEED, Encoder, kill_at, latent_shards, online, settings_of
 from helpers.runs import assert_same
 from longlive.codecs.base import VideoCodec
@@ -35,20 +36,6 @@ from longlive.data.streamed import StreamedShards
 CUTS = ShotRules(scene_cut_phrase="Cut. ", max_chunks_per_shot=1, forced_cut_margin=1 / 24)
 SHORT = ClipSpec(num_frames=2, chunk_frames=1, height=16, width=32, fps=24)
 """Clips of 5 raw frames: the videos, of 9 to 11, hold several."""
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
-    }
-
-
-def in_a_process(function: Callable[[], object]) -> int | None:
-    """Run a function in a forked process; its exit code (negative: the signal that ended it)."""
-    process = multiprocessing.get_context("fork").Process(target=function)
-    process.start()
-    process.join(60)
-    return process.exitcode
 
 
 def open_reader(kind: str, directory: Path, spec: ClipSpec) -> ShardReader:

@@ -7,7 +7,6 @@ import os
 import signal
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 import webdataset
 
 from helpers.clips import NumberedSource
+from helpers.folders import contents, in_a_process
 from helpers.videos import encode, numbered_frames, numbers
 from longlive.data import atomic
 from longlive.data.indexed import IndexedShards
@@ -23,20 +23,6 @@ from longlive.data.shards import load_index, video_members, write_shards
 from longlive.data.shots import Shot
 from longlive.data.sources import SourceClip, UnreadableClipError
 from longlive.data.video import open_video
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
-    }
-
-
-def in_a_process(function: Callable[[], object]) -> int | None:
-    """Run a function in a forked process; its exit code (negative: the signal that ended it)."""
-    process = multiprocessing.get_context("fork").Process(target=function)
-    process.start()
-    process.join(60)
-    return process.exitcode
 
 
 def test_the_index_points_at_every_member_of_every_sample(pristine_shards: Path) -> None:

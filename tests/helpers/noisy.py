@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+from typing import Any
 
+import torch
+from torch.optim import AdamW
+
+from helpers.runs import tiny_module
+from longlive.adapters.lora import LoRASettings
 from longlive.modules.distillation import DistillationModule
 from longlive.parallel.materialise import local_part
 
@@ -22,3 +28,18 @@ class Noisy(DistillationModule):
                     drawn = 0.2 * torch.randn(parameter.shape, generator=numbers)
                     part, where = local_part(parameter)
                     part.add_(drawn[where])
+
+
+def tiny_distillation(noisy: bool = True, **changes: Any) -> DistillationModule:
+    """One layer, with its network; the student learns in every third step."""
+    settings: dict[str, Any] = {
+        "optimizer": partial(AdamW, lr=1e-2, betas=(0.0, 0.999)),
+        "critic_optimizer": partial(AdamW, lr=2e-2, betas=(0.0, 0.999)),
+        "lora": LoRASettings(rank=4, alpha=8),
+        "student_every": 3,
+        "seed": 3,
+    }
+    module: Any = tiny_module(Noisy if noisy else DistillationModule, **settings | changes)  # type: ignore[arg-type]
+    module.configure_model()
+    assert isinstance(module, DistillationModule)
+    return module

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.optim import SGD, AdamW
+from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from helpers.distillation_float64 import Script
+from helpers.noisy import tiny_distillation
 from helpers.runs import MemoryLogger, assert_same, fake_batches, fit, tiny_module
-from longlive.adapters.lora import LoRASettings, adapter_parameters
+from longlive.adapters.lora import adapter_parameters
 from longlive.callbacks.ema import EMA, averaged_weights
 from longlive.callbacks.loss_breakdown import LossBreakdown
 from longlive.data.prompt_batches import PromptBatch
@@ -36,27 +37,7 @@ def batch(number: int = 0) -> PromptBatch:
 
 @pytest.fixture
 def make() -> MakeDistillation:
-    """Random throughout: Wan's zero head and LoRA's zero B would hide every error."""
-
-    def made(noisy: bool = True, **changes: Any) -> DistillationModule:
-        settings: dict[str, Any] = {
-            "optimizer": partial(AdamW, lr=1e-2, betas=(0.0, 0.999)),
-            "critic_optimizer": partial(AdamW, lr=2e-2, betas=(0.0, 0.999)),
-            "lora": LoRASettings(rank=4, alpha=8),
-            "rollout": ROLLOUT,
-            "student_every": 3,
-            "seed": 3,
-        }
-        module: Any = tiny_module(DistillationModule, **settings | changes)  # type: ignore[arg-type]
-        module.configure_model()
-        numbers = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in module.network.named_parameters():
-                if noisy and (name.endswith(("modulation", "bias")) or name.startswith("head") or "lora_B" in name):
-                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=numbers))
-        return module
-
-    return made
+    return partial(tiny_distillation, rollout=ROLLOUT)
 
 
 def learned(module: DistillationModule) -> dict[str, Tensor]:

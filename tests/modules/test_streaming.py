@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.optim import SGD, AdamW
+from torch.optim import SGD
 
 from helpers.distillation_float64 import merged
-from helpers.runs import assert_same, fake_batches, fit, tiny_module
+from helpers.noisy import tiny_distillation
+from helpers.runs import assert_same, fake_batches, fit
 from helpers.wan_float64 import wan_velocity
-from longlive.adapters.lora import LoRASettings
 from longlive.data.prompt_batches import PromptBatch
 from longlive.models.visibility import VisibilityRule, visible_history
 from longlive.modules.conditions import Conditions
@@ -51,28 +51,7 @@ def batches(steps: int) -> list[PromptBatch]:
 
 @pytest.fixture
 def make() -> Make:
-    """Random throughout: Wan's zero head and LoRA's zero B would hide every error."""
-
-    def made(**changes: Any) -> DistillationModule:
-        settings: dict[str, Any] = {
-            "optimizer": partial(AdamW, lr=1e-2, betas=(0.0, 0.999)),
-            "critic_optimizer": partial(AdamW, lr=2e-2, betas=(0.0, 0.999)),
-            "lora": LoRASettings(rank=4, alpha=8),
-            "rollout": ROLLOUT,
-            "student_every": 3,
-            "streaming": STREAMING,
-            "seed": 3,
-        }
-        module: Any = tiny_module(DistillationModule, **settings | changes)  # type: ignore[arg-type]
-        module.configure_model()
-        numbers = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in module.network.named_parameters():
-                if name.endswith(("modulation", "bias")) or name.startswith("head") or "lora_B" in name:
-                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=numbers))
-        return module
-
-    return made
+    return partial(tiny_distillation, rollout=ROLLOUT, streaming=STREAMING)
 
 
 class Watch(Callback):
