@@ -20,6 +20,9 @@ first chunk sees in the rollout, at the positions of the rollout. Past chunks ar
 they saw themselves is gone, so they see each other, as the first chunks of a clip do in stage 1. (No later chunk of the
 clip sees an earlier one than these: `rollout.sinks`, fact 1.) Each role makes keys and values of the past from the
 latents. The student's own stay as they were written, partly by earlier weights, as in the source.
+Such scores ask whether a clip is a good continuation, also of a past that has drifted. With `score_past=false` they see
+the clip alone, as a video that begins with it: they ask whether it is a good clip, whatever came before. (The source's
+teacher, which is not autoregressive, scores clips so.)
 
 **Prompt switches.** With `prompt_switch=recache`, past chunks are scored under the prompts that they are cached under
 when the clip begins. Inside a clip every chunk keeps its own, because a score has one clean copy of each; so scores see
@@ -65,6 +68,7 @@ class StreamingSettings:
     Attributes:
         max_frames: of a stream, and of the videos that batches ask for.
         clip_frames: of a step.
+        score_past: whether teacher and critic see the past of a clip that they score.
 
     Raises:
         ValueError: if a stream is not made of clips, or of one alone.
@@ -72,6 +76,7 @@ class StreamingSettings:
 
     max_frames: int
     clip_frames: int
+    score_past: bool = True
 
     def __post_init__(self) -> None:
         if self.clip_frames < 1 or self.max_frames % self.clip_frames or self.num_clips < 2:
@@ -185,10 +190,12 @@ class Stream:
         clip = range(first, first + self.settings.clip_frames // chunk_frames)
         shots: list[list[int]] = videos.shot_index.tolist()
         past = state.past.of([visible_history(first, row, self.rollout.rule) for row in shots])
+        if not self.settings.score_past:
+            past = Past.empty(len(shots), state.latent_shape, past.latents.device)
         rows = [(*seen, *clip) for seen in past.chunks]
         starts = [
             relative_positions(row, of, chunk_frames, offset)
-            if self.rollout.relative_rope
+            if self.rollout.relative_rope or not self.settings.score_past
             else [absolute_position(chunk, of, chunk_frames, offset) for chunk in row]
             for row, of in zip(rows, shots, strict=True)
         ]
