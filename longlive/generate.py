@@ -62,6 +62,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
         FileNotFoundError: if there is no checkpoint.
     """
     start = time.perf_counter()
+    check_numbers(config)
     requests = requests_of(config)
     trained, settings = load_asked(config)
     module = trained.module
@@ -73,8 +74,9 @@ def generate(config: DictConfig) -> dict[str, Any]:
     chunks = [story.chunks(scene_cut_phrase) for story in stories]
     lengths = [len(prompts) for prompts, _ in chunks]
     num_frames = sorted({length * settings.chunk_frames for length in lengths})
-    height, width = config.height or training["height"], config.width or training["width"]
-    fps = config.fps or training["fps"]
+    height, width, fps = (
+        training[name] if config[name] is None else config[name] for name in ("height", "width", "fps")
+    )
     ratio = module.codec.temporal_ratio
     for frames in num_frames:
         module.codec.check_video(torch.empty(0, num_raw_frames(frames, ratio), 3, height, width))
@@ -85,9 +87,6 @@ def generate(config: DictConfig) -> dict[str, Any]:
     }
     warn_of_given_frames(trained, bool(first_frames))
     settings.check_network(module.model_config)
-    for name in ("batch_size", "sheet_rows"):
-        if config[name] < 1:
-            raise ValueError(f"{name}={config[name]} must be at least 1")
     metric = None if config.metric is None else instantiate(config.metric)
     precision, precision_record = precision_of(trained, config)
     asked = [
@@ -183,6 +182,21 @@ def generate(config: DictConfig) -> dict[str, Any]:
     return record
 
 
+def check_numbers(config: DictConfig) -> None:
+    """What is known of the numbers before anything is loaded.
+
+    Raises:
+        ValueError: for one that is not positive, or not whole and has to be.
+    """
+    for name in ("num_frames", "height", "width", "fps", "batch_size", "sheet_rows"):
+        value, of_training = config[name], name not in ("batch_size", "sheet_rows")
+        if value is None and of_training:
+            continue
+        kind, rule = ((int, float), "positive") if name == "fps" else (int, "a whole number of at least 1")
+        if not isinstance(value, kind) or not 0 < value < math.inf:
+            raise ValueError(f"{name}={value} must be {rule}{', or null: as in training' if of_training else ''}")
+
+
 def load_asked(config: DictConfig) -> tuple[Trained, RolloutSettings]:
     """What the settings `checkpoint`, `lora` and `rollout` ask for.
 
@@ -232,7 +246,7 @@ def story_of(story: StoryPrompt, settings: RolloutSettings, num_frames: int | No
     """
     if num_frames is None and story.durations is not None:
         return story
-    return story.over(settings.num_chunks(num_frames or usual_frames))
+    return story.over(settings.num_chunks(usual_frames if num_frames is None else num_frames))
 
 
 def batches_of(waiting: Sequence[int], kinds: Sequence[Hashable], batch_size: int) -> list[list[int]]:

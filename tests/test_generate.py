@@ -284,8 +284,6 @@ def test_without_a_prompt_nothing_is_made(trained, tmp_path, given):
         (("num_frames=6",), ValueError, "num_frames=6"),
         (("height=36",), ValueError, "height=36, width=32 are no multiples of the codec's spatial_ratio=8"),
         (("height=40",), ValueError, "latent height=5, width=4 are no multiples of patch_size"),
-        (("batch_size=0",), ValueError, "batch_size=0 must be at least 1"),
-        (("sheet_rows=0",), ValueError, "sheet_rows=0 must be at least 1"),
         (("rollout.window=6",), ValueError, "window=6"),
         (("rollout.solver=heun",), ValueError, "solver='heun' is unknown; use one of"),
         (("rollout.guidance_scale=-1.0",), ValueError, "guidance_scale=-1.0 is negative"),
@@ -302,6 +300,30 @@ def test_bad_input_is_one_clear_message_before_any_work(
         make(trained, tmp_path / "videos", *settings)
     assert not calls
     assert not (tmp_path / "videos").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule"),
+    [
+        ("num_frames=0", "a whole number of at least 1, or null"),
+        ("height=-64", "a whole number of at least 1, or null: as in training"),
+        ("height=0", "a whole number of at least 1, or null"),
+        ("width=31.5", "a whole number of at least 1, or null"),
+        ("fps=0", "positive, or null: as in training"),
+        ("fps=-5", "positive, or null"),
+        ("fps=nan", "positive, or null"),
+        ("fps=inf", "positive, or null"),
+        ("batch_size=0", "a whole number of at least 1$"),
+        ("batch_size=None", "a whole number of at least 1$"),
+        ("sheet_rows=-1", "a whole number of at least 1$"),
+    ],
+)
+def test_a_wrong_number_is_known_before_anything_is_read(tmp_path, setting, rule):
+    """A wrong fps would be found when the first video is written, after the whole rollout, and the record of it would
+    refuse the corrected command; a zero would be taken for null."""
+    with pytest.raises(ValueError, match=f"^{setting} must be {rule}"):
+        make(tmp_path / "nowhere", tmp_path / "videos", setting.replace("None", "null"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_that_does_not_say_what_it_is_is_refused(trained, tmp_path):
