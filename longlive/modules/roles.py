@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from longlive.adapters.adapted import AdaptedNetwork
@@ -205,6 +206,12 @@ class RolesModule(LongLiveModule):
 
     def linear_precisions(self) -> list[LinearPrecision]:
         return [*super().linear_precisions(), *self.own_plugins()]
+
+    def setup(self, stage: str) -> None:
+        """Ranks with copies of the module wait for no gradient of the adapter that a role's backward leaves alone."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+            strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
     def on_fit_start(self) -> None:
         for plugin in self.own_plugins():

@@ -1,5 +1,5 @@
-"""Sequence ranks under Balanced SP, and data ranks beside them: all learn what one rank learns, also with activations
-recomputed, and from a checkpoint that others wrote."""
+"""Sequence ranks under Balanced SP, data ranks beside them, and data ranks that Lightning's strategy copies the module
+to: all learn what one rank learns, also with activations recomputed, and from a checkpoint that others wrote."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ SHOTS = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 2]])
 PROMPTS = tuple(tuple(f"a {('red', 'blue', 'green')[shot]} circle" for shot in row) for row in SHOTS.tolist())
 SPEC = BatchSpec(batch_size=2, num_frames=16, chunk_frames=4, channels=16, height=4, width=4)
 STEPS, HALF = 3, 1
-MESHES = {"1 x 1": (1, 1), "1 x 2": (1, 2), "1 x 4": (1, 4), "2 x 2": (2, 2)}
-"""Data ranks x sequence ranks."""
+COPIES = "2 copies"
+MESHES = {"1 x 1": (1, 1), "1 x 2": (1, 2), "1 x 4": (1, 4), "2 x 2": (2, 2), COPIES: (2, 1)}
+"""Data ranks x sequence ranks; copies of the module have `strategy=auto`."""
 
 KINDS: dict[str, dict[str, Any]] = {
     "prompts": {
@@ -140,7 +141,8 @@ def learn(kind: str, mesh: str = "1 x 1", save: Path | None = None, start: Path 
     if "RANK" in os.environ:  # one rank reads a sharded checkpoint in a sharded run
         data_rank = int(os.environ["RANK"]) // sequence_size
         sharding = ShardingOptions(activation_checkpointing=kind == "prompts")
-        strategy = {"strategy": BalancedSPStrategy(sequence_size, sharding=sharding), "devices": world}
+        sharded = BalancedSPStrategy(sequence_size, sharding=sharding)
+        strategy = {"strategy": "auto" if mesh == COPIES else sharded, "devices": world}
     record = Record(save)
     batches = [make_batch(kind, number, data_rank, data_size) for number in range(HALF if start else 0, STEPS)]
     fit(make_module(kind), batches, [record], checkpoint=start, max_steps=STEPS, max_epochs=5, **strategy)  # type: ignore[arg-type]
@@ -172,13 +174,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Seen
         4, ("clips", "1 x 4", None, None), ("prompts", "2 x 2", None, saved)
     )
     (found["prompts", "1 x 2 > 1 x 1"],) = on_ranks(1, ("prompts", "1 x 1", None, saved))
+    half = saved.with_name("half_of_copies.ckpt")
+    found["prompts", COPIES], found["prompts", f"{COPIES} > {COPIES}"] = on_ranks(
+        2, ("prompts", COPIES, half, None), ("prompts", COPIES, None, half)
+    )
     return found
 
 
-@pytest.mark.parametrize(("kind", "mesh"), [("prompts", "1 x 2"), ("clips", "1 x 4")])
-def test_sequence_ranks_learn_what_one_rank_does(runs: dict[tuple[str, str], Seen], kind: str, mesh: str) -> None:
+@pytest.mark.parametrize(("kind", "mesh"), [("prompts", "1 x 2"), ("clips", "1 x 4"), ("prompts", COPIES)])
+def test_ranks_learn_what_one_rank_does(runs: dict[tuple[str, str], Seen], kind: str, mesh: str) -> None:
     """Catches means over one rank's frames, exits that differ (which would hang), gradients that stay on the rank of
-    the loss, and recomputation with another adapter or a later cache."""
+    the loss, and recomputation with another adapter or a later cache; of copies, that wait for gradients of the adapter
+    that a role's backward leaves alone."""
     expected, found = runs[kind, "1 x 1"], runs[kind, mesh]
     assert len(expected.values) == STEPS
     student_steps = [number for number, values in enumerate(expected.values) if "student/loss" in values]
@@ -195,8 +202,11 @@ def test_sequence_ranks_learn_what_one_rank_does(runs: dict[tuple[str, str], See
     torch.testing.assert_close(found.generated, expected.generated, atol=1e-4, rtol=1e-4)
 
 
-def test_a_run_resumed_in_a_cycle_on_the_same_ranks_goes_on_bit_for_bit(runs: dict[tuple[str, str], Seen]) -> None:
-    whole, resumed = runs["prompts", "1 x 2"], runs["prompts", "1 x 2 > 1 x 2"]
+@pytest.mark.parametrize("mesh", ["1 x 2", COPIES])
+def test_a_run_resumed_in_a_cycle_on_the_same_ranks_goes_on_bit_for_bit(
+    runs: dict[tuple[str, str], Seen], mesh: str
+) -> None:
+    whole, resumed = runs["prompts", mesh], runs["prompts", f"{mesh} > {mesh}"]
     assert resumed.values == whole.values[HALF:]
     assert_same(resumed.weights, whole.weights)
 
