@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from longlive import __version__
+from longlive.adapters.lora_merging import merge_adapter
 from longlive.callbacks.sample_video import slug
 from longlive.codecs.base import VideoCodec, num_raw_frames, to_unit_range
 from longlive.config import instantiate, to_plain
@@ -211,11 +212,18 @@ def load_asked(config: DictConfig) -> tuple[Trained, RolloutSettings]:
 
 
 def place(module: LongLiveModule, precision: Precision | str, device: torch.device) -> None:
-    """Bring a module to its device, and its layers into the precision of the rollout, for good."""
+    """Bring a module to its device, and its layers into the precision of the rollout, for good.
+
+    Its adapter is merged into the float32 weights, which rolls out as fast as no adapter. Weights that the precision
+    packs would lose most of it: beside them it multiplies on its own.
+    """
     module.to(device)
     if isinstance(precision, LinearPrecision):
         precision.convert_module(module.requires_grad_(False))
         precision.freeze(module)
+    elif module.adapter is not None:
+        merge_adapter(module.trained_network, module.adapter)
+        module.hold(module.trained_network)
 
 
 def requests_of(config: DictConfig) -> list[VideoRequest]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.adapters import fill_adapter
 from helpers.generating import PROMPTS, make, note_calls, read, train_visibly
 from helpers.runs import assert_same, checkpoint
 from longlive import generate as generation
+from longlive.adapters.lora import LoRASettings, add_adapter, wrapped_layers
 from longlive.callbacks.ema import averaged_weights
 from longlive.config import compose, instantiate
 from longlive.data.toyworld import random_prompts
 from longlive.data.video import open_video
 from longlive.generate import requests_of
-from longlive.trained import load_module
+from longlive.modules.base import LongLiveModule
+from longlive.trained import load_module, load_trained
 
 FILES = ["000-a-red-circle-moves-slowly-right-over-a-dark-ground.mp4", "001-a-blue-square.mp4", "002-a-cyan-cross.mp4"]
 
@@ -341,6 +345,40 @@ def test_a_checkpoint_whose_weights_are_of_another_network_is_refused(trained, t
     with pytest.raises(ValueError, match=r"another model: network\.blocks\.1\.[\w.]+: missing in the checkpoint; "):
         make(tmp_path / "other.ckpt", tmp_path / "videos")
     assert not (tmp_path / "videos").exists()
+
+
+def with_adapter(trained: Path) -> LongLiveModule:
+    """The module of a run, with an adapter that does something."""
+    module = load_trained(trained).module
+    add_adapter(module.trained_network, "student", LoRASettings(rank=2, alpha=4))
+    fill_adapter(module.trained_network, "student", 0)
+    module.hold(module.trained_network, "student")
+    return module
+
+
+def rolled_out(module: LongLiveModule) -> torch.Tensor:
+    index = torch.zeros(1, 2, dtype=torch.int64)
+    engine = module.rollout_engine(replace(module.rollout, num_steps=2, guidance_scale=1.0))
+    return engine.generate(module.text_encoder.encode(["a blue square"]), index, index, (16, 4, 4), 0, [0]).latents
+
+
+def test_an_adapter_is_merged_into_weights_that_are_not_packed(trained):
+    """Beside them it costs every product of a rollout two more; packed ones would lose most of it."""
+    module, cpu = with_adapter(trained), torch.device("cpu")
+    beside, network = rolled_out(module), module.trained_network
+    assert (beside - rolled_out(load_trained(trained).module)).abs().max() > 0.01
+    generation.place(module, "32-true", cpu)
+    assert module.adapter is None
+    assert not wrapped_layers(module.trained_network)
+    merged = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.testing.assert_close(rolled_out(module), beside, rtol=0, atol=1e-4)
+    generation.place(module, "bf16-mixed", cpu)
+    assert_same(dict(module.trained_network.state_dict()), merged)
+
+    packed = with_adapter(trained)
+    generation.place(packed, instantiate(compose("generate", ["precision=nvfp4"]).precision), cpu)
+    assert packed.adapter == "student"
+    assert wrapped_layers(packed.trained_network)
 
 
 def test_a_run_initialised_from_foreign_weights_generates_without_them(trained, tmp_path):

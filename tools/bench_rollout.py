@@ -19,9 +19,8 @@ of seconds that the process computed, on all its threads: other jobs on the mach
 *Counted*, before anything runs: a chunk of F frames takes a network call per solver step, and one that writes it into
 the cache, except for the last chunk of a video. With guidance a call has two rows per video. The counted ratio is one
 of rows. The calls of the measured rollouts are counted too; other numbers stop the benchmark. What measured ratios lack
-of the counted ones is what a row costs a student more: calls of half as many rows, or an adapter that multiplies beside
-its base. So a student with an adapter rolls out twice: as it is, and with the adapter merged into the weights, as
-`longlive export` does (not over packed weights, which take none).
+of the counted ones is what a row costs a student more: calls of half as many rows; or an adapter, where it multiplies
+beside its base, as `longlive generate` has it over layers that a precision replaces. Elsewhere it is in the weights.
 
 In a round, all students roll out, then the teacher, then the students again; a student's seconds in a round are the
 mean of its two. Figures are medians over the rounds, in brackets the lowest and the highest.
@@ -45,7 +44,6 @@ from rich.table import Table
 from torch import Tensor
 
 from bench_record import header, main, make_parser, summary, time_of
-from longlive.adapters.lora_merging import merge_adapter
 from longlive.config import compose
 from longlive.data.toyworld import random_prompts
 from longlive.data.video_writer import write_mp4
@@ -103,14 +101,13 @@ def batches_of(num_videos: int, batch_size: int) -> list[int]:
     return [min(batch_size, num_videos - first) for first in range(0, num_videos, batch_size)]
 
 
-def load(given: Sequence[str], device: str, role: str, merge: bool = False) -> Contestant:
+def load(given: Sequence[str], device: str, role: str) -> Contestant:
     """The model that settings of `longlive generate` name.
 
     Args:
         given: the settings.
         device: where it rolls out.
         role: begins its name.
-        merge: its adapter into its weights.
 
     Raises:
         ValueError, FileNotFoundError: as `longlive generate`.
@@ -118,12 +115,10 @@ def load(given: Sequence[str], device: str, role: str, merge: bool = False) -> C
     config = compose("generate", [*given, "directory=none"])
     trained, rollout = load_asked(config)
     module = trained.module
-    adapter = None if module.adapter is None else "merged" if merge else "beside the weights"
-    if merge:
-        merge_adapter(module.trained_network, module.adapter)
-        module.hold(module.trained_network)
+    has_adapter = module.adapter is not None
     precision, precision_record = precision_of(trained, config)
     place(module, precision, torch.device(device))
+    adapter = None if not has_adapter else "merged" if module.adapter is None else "beside the weights"
     record = {
         "given": list(given),
         "checkpoint": str(trained.path),
@@ -263,9 +258,6 @@ def measure(settings: argparse.Namespace) -> dict[str, Any]:
     for number, given in enumerate(settings.student, start=1):
         students.append(load(given, settings.device, f"student {number}"))
         check(teacher, students[-1])
-        trained = students[-1].trained
-        if trained.module.adapter is not None and trained.packing is None:
-            students.append(load(given, settings.device, f"student {number}", merge=True))
     work = Work(settings, teacher)
     counted = {
         one.name: count_calls(one.engine.settings, settings.frames, work.batches) for one in (teacher, *students)
