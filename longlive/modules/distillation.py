@@ -38,6 +38,7 @@ from longlive.modules.conditions import Conditions
 from longlive.modules.roles import CRITIC, STUDENT, RoleName, RolesModule
 from longlive.modules.streaming import PURPOSE as STREAM
 from longlive.modules.streaming import Stream, StreamingSettings
+from longlive.objectives.diversity import diversity
 from longlive.objectives.dmd import (
     CountedFrames,
     Loss,
@@ -198,8 +199,9 @@ class DistillationModule(RolesModule):
             NonFiniteError: naming a role, if something is not finite.
         """
         start = time.perf_counter()
-        if len(conditions.sample_ids) > 1:
-            values[f"{role}/diversity"] = float(rollout.detach().float().std(dim=0).mean())
+        spread = diversity(rollout, self.sum_over_ranks, copies=self.sequence.size)
+        if spread is not None:
+            values[f"{role}/diversity"] = spread
         network = self.student if role == STUDENT else self.critic
         optimizer = self._optimizer(role)
         loss = self.loss(role, rollout, conditions, step)

@@ -92,8 +92,9 @@ def make_batch(kind: str, number: int, data_rank: int = 0, data_size: int = 1) -
 
 @dataclass
 class Seen:
-    """What a process saw of a run: of every step both losses (means over the ranks), both gradient norms, and the
-    critic's loss by chunk; at its end the adapters, whole, and what they generate, as `SampleVideo` would."""
+    """What a process saw of a run: of every step both losses (means over the ranks), both gradient norms, how much
+    samples differ, and the critic's loss by chunk; at its end the adapters, whole, and what they generate, as
+    `SampleVideo` would."""
 
     values: list[dict[str, float]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -111,7 +112,7 @@ class Record(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, DistillationModule)
-        names = [name for name in outputs["values"] if name.endswith(("loss", "gradient_norm", "error"))]
+        names = [name for name in outputs["values"] if name.endswith(("loss", "gradient_norm", "error", "diversity"))]
         means = pl_module.sum_over_ranks(torch.tensor([outputs["values"][name] for name in names]).double())
         values = dict(zip(names, (means / trainer.world_size).tolist(), strict=True))
         by_chunk = torch.zeros(4, dtype=torch.float64)
