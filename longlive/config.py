@@ -3,7 +3,8 @@
 A config is a primary file (`train.yaml`, ...) that names every top-level key, plus one file per group. Two rules make
 every unused setting an error: an override must name a key that exists (Hydra's struct mode; the message here adds the
 nearest names), and no file or `+key=value` may bring a top-level key that the primary file does not have. What is
-nested deeper is checked where it is used, because every `_target_` refuses arguments that it does not take.
+nested deeper is checked where it is used, because every `_target_` refuses arguments that it does not take, and numbers
+that are none.
 
 Nothing here outlives a call: Hydra's global state is entered and left inside `compose`.
 """
@@ -11,20 +12,31 @@ Nothing here outlives a call: Hydra's global state is entered and left inside `c
 import difflib
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from types import UnionType
+from typing import Any, Union, cast, get_args, get_origin
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.utils import _locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import CompactHydraException, InstantiationException, OverrideParseException
-from hydra.utils import get_object
 from hydra.utils import instantiate as hydra_instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, ValidationError
 
 _PACKAGE = Path(__file__).resolve().parent
+
+_SCALARS: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "None": type(None),
+    "NoneType": type(None),
+    "Tensor": (),  # what torch's optimizers take beside a number
+}
+"""What may be written in a config for a parameter of a type, by the type's name."""
 
 
 def config_directory() -> Path:
@@ -81,13 +93,13 @@ def instantiate(config: DictConfig, *args: object, **kwargs: object) -> Any:
 
     Raises:
         ValueError: if there is no `_target_`, if it cannot be found, or if its constructor does not take one of the
-            arguments (also one that is called later, `_partial_`) or refuses a value; the message names the config key.
-            A constructor's other errors pass unchanged.
+            arguments (also one that is called later, `_partial_`) or refuses a value, or a number is to be one and is
+            none; the message names the config key. A constructor's other errors pass unchanged.
     """
     where = config._get_full_key(None) or "the config"
     if "_target_" not in config:
         raise ValueError(f"{where} has no _target_, so it describes no object; its keys are {sorted(map(str, config))}")
-    _check_partials(config)
+    _check_arguments(config, given=kwargs)
     try:
         return hydra_instantiate(config, *args, _convert_="all", **kwargs)
     except InstantiationException as error:
@@ -100,6 +112,27 @@ def instantiate(config: DictConfig, *args: object, **kwargs: object) -> Any:
             raise ValueError(f"{where}: {cause}") from error
         cause.add_note(f"This was raised while {where} was instantiated.")
         raise cause from None
+
+
+def check_types(settings: DictConfig, annotations: Mapping[str, Any]) -> None:
+    """Refuse values of another type than a setting has, before something computes with them.
+
+    Args:
+        settings: values by name; what is missing, and objects to be made (`_target_`), are left alone.
+        annotations: types by name, as written or as objects: of `int`, `float`, `bool` and None, one or several (`|`).
+            Any other type takes all values.
+
+    Raises:
+        ValueError: names the setting, its value and its type.
+    """
+    for name, annotation in annotations.items():
+        kinds = _type_names(annotation)
+        if name not in settings or OmegaConf.is_missing(settings, name) or not set(kinds) <= _SCALARS.keys():
+            continue
+        value = settings[name]
+        if not isinstance(value, DictConfig) and not any(isinstance(value, _SCALARS[kind]) for kind in kinds):
+            allowed = " or ".join(kind.removesuffix("Type") for kind in kinds if kind != "Tensor")
+            raise ValueError(f"{settings._get_full_key(name)}={value!r} is no {allowed}")
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:
@@ -185,17 +218,60 @@ def _dotted_keys(tree: object, prefix: str = "") -> Iterator[str]:
         yield from _dotted_keys(value, f"{prefix}{key}.")
 
 
-def _check_partials(config: DictConfig) -> None:
-    """Refuse arguments that a `_partial_` target does not take: Python would notice when it is called, after hours."""
-    if config.get("_partial_"):
-        settings = {str(name): None for name in config if not str(name).startswith("_")}
-        try:
-            inspect.signature(get_object(config._target_)).bind_partial(**settings)
-        except TypeError as error:
-            raise ValueError(f"{config._get_full_key(None)}: {config._target_} {error}") from error
-    for name in config:
-        if not OmegaConf.is_missing(config, name) and isinstance(config[name], DictConfig):
-            _check_partials(config[name])
+def _type_names(annotation: object) -> list[str]:
+    if isinstance(annotation, str):
+        return [name.strip() for name in annotation.split("|")]
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return [getattr(part, "__name__", "") if get_origin(part) is None else "" for part in parts]
+
+
+def _check_arguments(config: object, given: Collection[str] = ()) -> None:
+    """Refuse, in all of a tree, arguments that a target does not take, and values of another type.
+
+    Python would notice the first when it is called, which may be after hours (`_partial_`), and the second when it
+    computes, without the setting's name.
+    """
+    if isinstance(config, ListConfig):
+        for value in config:
+            _check_arguments(value)
+    if not isinstance(config, DictConfig):
+        return
+    names = [str(name) for name in config if name not in given and not OmegaConf.is_missing(config, name)]
+    if "_target_" in names:
+        parameters = _parameters_of(config._target_)
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            _check_known(config, [name for name in names if name not in parameters and not name.startswith("_")])
+        # `size: int = None`, as in older libraries, takes None.
+        optional = {name for name, parameter in parameters.items() if parameter.default is None}
+        check_types(
+            config,
+            {
+                name: parameters[name].annotation
+                for name in names
+                if name in parameters and not (name in optional and config[name] is None)
+            },
+        )
+    for name in names:
+        _check_arguments(config[name])
+
+
+def _parameters_of(target: str) -> Mapping[str, inspect.Parameter]:
+    """By name; a target that cannot be found, or does not tell, takes anything here: Hydra has words for the first."""
+    try:
+        return inspect.signature(_locate(target)).parameters
+    except (ImportError, TypeError, ValueError):
+        return {"settings": inspect.Parameter("settings", inspect.Parameter.VAR_KEYWORD)}
+
+
+def _check_known(config: DictConfig, unknown: Sequence[str]) -> None:
+    if not unknown:
+        return
+    where = config._get_full_key(None)
+    an, s = ("an ", "") if len(unknown) == 1 else ("", "s")
+    raise ValueError(
+        f"{where}: {config._target_} got {an}unexpected keyword argument{s} {', '.join(map(repr, unknown))}; "
+        f"what a file sets is left out by {' '.join(f'~{where}.{name}' for name in unknown)}"
+    )
 
 
 def _nearest(key: str, known: set[str]) -> str:

@@ -38,7 +38,9 @@ def conf(tmp_path, monkeypatch) -> Path:
 class Box:
     """Something to instantiate."""
 
-    def __init__(self, size: int, content: object = None) -> None:
+    def __init__(
+        self, size: int, content: object = None, weight: "float | int | None" = None, is_open: bool = False
+    ) -> None:
         if size < 0:
             raise ValueError(f"size={size} is negative; use 0 or more")
         if size > 100:
@@ -139,7 +141,22 @@ def test_arguments_beside_the_config_reach_the_constructor():
     ("settings", "message"),
     [
         ({"size": -1}, r"box: size=-1 is negative; use 0 or more"),
-        ({"size": 1, "sise": 2}, r"box: .*unexpected keyword argument 'sise'"),
+        (
+            {"size": 1, "sise": 2},
+            r"box: .*unexpected keyword argument 'sise'; what a file sets is left out by ~box.sise",
+        ),
+        ({"size": 1, "sise": 2, "tint": 3}, r"unexpected keyword arguments 'sise', 'tint'; .* by ~box.sise ~box.tint$"),
+        ({"size": "two"}, r"^box.size='two' is no int$"),
+        ({"size": 1.5}, r"^box.size=1.5 is no int$"),
+        ({"size": None}, r"^box.size=None is no int$"),
+        ({"size": [1]}, r"^box.size=\[1\] is no int$"),
+        ({"size": 1, "weight": "x"}, r"^box.weight='x' is no float or int or None$"),
+        ({"size": 1, "is_open": 1}, r"^box.is_open=1 is no bool$"),
+        ({"_partial_": True, "size": "two"}, r"^box.size='two' is no int$"),
+        (
+            {"size": 1, "content": [{"_target_": f"{__name__}.Box", "size": "two"}]},
+            r"^box.content\[0\].size='two' is no",
+        ),
         ({"size": 1, "content": {"_target_": f"{__name__}.Box", "size": -2}}, r"box.content: size=-2 is negative"),
         ({"_target_": f"{__name__}.Bx"}, r"(?s)box: Error locating target .*Bx"),
         ({"_partial_": True, "sise": 2}, r"box: .*Box got an unexpected keyword argument 'sise'"),
@@ -152,6 +169,18 @@ def test_arguments_beside_the_config_reach_the_constructor():
 def test_a_setting_that_a_constructor_refuses_is_named_with_its_config_key(settings, message):
     with pytest.raises(ValueError, match=message):
         instantiate(box(**settings))
+
+
+def test_a_value_of_the_type_is_taken_and_what_is_given_in_code_is_not_asked():
+    """A whole number is a float too, and None stands where a type says so, or an old library's default."""
+    for weight in (None, 2, 2.5):
+        instantiate(box(size=1, weight=weight))
+    assert instantiate(box(size="two"), size=2).size == 2
+    assert instantiate(OmegaConf.create({"_target_": f"{__name__}.old_box", "size": None})) is None
+
+
+def old_box(size: int = None):  # type: ignore[assignment]  # noqa: RUF013
+    return size
 
 
 def test_what_is_called_later_is_checked_by_name_and_made_later():
