@@ -1,6 +1,7 @@
 """`longlive export`: the averaged weights of a run as one safetensors file, in one of the formats of `conf/format/`.
 
-Of a run that trained an adapter, base and adapter are merged into one network; `format=lora` writes the adapter alone.
+Of a run that trained an adapter, base and adapter are merged into one network; `format=lora` writes the adapter alone,
+with `rank=` in a lower rank (`adapters/lora_truncation.py`).
 
 `longlive generate checkpoint=<file>` rolls out from it as from the checkpoint. A new format is a class beside those of
 `adapters/export.py` and a file in `conf/format/`.
@@ -19,8 +20,12 @@ from longlive.adapters.export import ExportFormat, ExportSummary, check_export, 
 from longlive.adapters.lora import base_parameters
 from longlive.adapters.lora_files import LoRAFormat, check_lora_export, write_lora
 from longlive.adapters.lora_merging import merge_adapter
+from longlive.adapters.lora_truncation import Truncation, add_truncated
 from longlive.config import instantiate
 from longlive.trained import load_trained
+
+TRUNCATED = "truncated"
+"""What the adapter of a lower rank is called in its network."""
 
 
 def export(config: DictConfig) -> ExportSummary:
@@ -33,9 +38,14 @@ def export(config: DictConfig) -> ExportSummary:
     output = Path(config.output)
     format: ExportFormat | LoRAFormat = instantiate(config.format)
     if isinstance(format, LoRAFormat):
-        check_lora_export(output, config.naming)
+        check_lora_export(output, config.naming, config.rank)
     else:
         check_export(output, format, config.naming)
+        if config.rank is not None:
+            raise ValueError(
+                f"rank={config.rank} is of format=lora; format={format.name} has the adapter in its weights, where a "
+                "lower rank saves nothing: leave rank out"
+            )
     try:
         trained = load_trained(config.checkpoint)
     except FileNotFoundError as error:
@@ -52,12 +62,21 @@ def export(config: DictConfig) -> ExportSummary:
                 f"checkpoint={trained.path} has no adapter; format=lora is for runs that train one, as "
                 "module=distillation does"
             )
+        truncation = None
+        if config.rank is not None:
+            truncation, adapter = add_truncated(network, adapter, config.rank, TRUNCATED), TRUNCATED
         summary = write_lora(
-            output, network, adapter, format, config=trained.config, step=trained.step, naming=config.naming
+            output,
+            network,
+            adapter,
+            format,
+            config=trained.config,
+            step=trained.step,
+            naming=config.naming,
+            truncation=truncation,
         )
         print_summary(summary, output)
-        share = summary.num_parameters / sum(value.numel() for value in base_parameters(network))
-        print(f"{share:.2%} as many parameters as the network")
+        print_lora(summary, sum(value.numel() for value in base_parameters(network)), truncation)
         return summary
     merge_adapter(network, adapter)
     weights = network.state_dict()
@@ -87,3 +106,14 @@ def print_summary(summary: ExportSummary, output: Path) -> None:
         f"{output}: {summary.num_parameters:,} parameters in {summary.num_bytes:,} bytes; in bfloat16 they would take "
         f"{summary.ratio:.2f} times that"
     )
+
+
+def print_lora(summary: ExportSummary, num_of_base: int, truncation: Truncation | None) -> None:
+    """How large an adapter is beside its base, and what it lacks of the one that was trained."""
+    share = summary.num_parameters / num_of_base
+    print(f"{summary.num_parameters:,} parameters are {share:.2%} of the {num_of_base:,} of its base")
+    if truncation is not None:
+        print(
+            f"rank {truncation.rank} of {truncation.trained_rank}: lacks {truncation.error:.3%} of the trained update, "
+            f"in {truncation.worst_layer} {truncation.worst_error:.3%} (Frobenius norm)"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from helpers.runs import assert_same, checkpoint, run, write_toyworld
 from longlive.adapters.export import ExportSummary
-from longlive.adapters.lora_files import WEIGHTS_FILE
+from longlive.adapters.exported import read_metadata
+from longlive.adapters.lora_files import WEIGHTS_FILE, find_adapter
 from longlive.callbacks.ema import averaged_weights
 from longlive.cli import main
 from longlive.config import compose
@@ -221,6 +223,12 @@ def test_the_command_prints_what_it_wrote_and_leaves_nothing_else(trained, tmp_p
         (("format=nvfp4", "naming=diffusers"), "naming='diffusers': format=nvfp4 has the names of original"),
         (("format=nvfp4", "format.rule=static_5"), "format: rule='static_5' is no scale rule"),
         (("format=nvfp4", "format.layers=[blocks.*.mlp]"), r"no layer is named 'blocks\.\*\.mlp'"),
+        (
+            ("format=fp32", "rank=2"),
+            "rank=2 is of format=lora; format=fp32 has the adapter in its weights",
+        ),
+        (("format=lora", "output=lora", "rank=0"), "rank=0 must be a whole number of at least 1, or null: as trained"),
+        (("format=lora", "output=lora", "rank=1.5"), "rank=1.5 must be a whole number"),
         (("format=int8",), r"(?s)Could not find 'format/int8'.*bf16.*fp32.*nvfp4"),
     ],
 )
@@ -360,6 +368,34 @@ def test_a_lora_file_holds_the_students_average(distilled, loras):
     assert any(not torch.equal(averaged_weights(saved)[name], weight) for name, weight in last.items())
 
 
+@pytest.mark.parametrize("naming", ["original", "diffusers"])
+def test_a_lora_of_a_lower_rank_says_what_it_lacks(trained, distilled, latents, tmp_path, capsys, naming):
+    """And goes over the base as any other."""
+    summary = make(distilled, tmp_path / "whole", "format=lora", f"naming={naming}", "rank=4")
+    small = make(distilled, tmp_path / "small", "format=lora", f"naming={naming}", "rank=2")
+    assert 2 * small.num_parameters == summary.num_parameters
+    weights, name = averaged_weights(checkpoint(distilled, 2)), "network.blocks.0.ffn.0"
+    up, down = (weights[f"{name}.lora_{matrix}.student.weight"].double() for matrix in "BA")
+    lost = torch.linalg.svdvals(2 * up @ down)
+    about = json.loads(read_metadata(find_adapter(tmp_path / "small"))["longlive"])["truncation"]
+    assert (about["rank"], about["trained_rank"]) == (2, 4)
+    assert 0 < about["error"] <= about["worst_error"]
+    assert about["worst_error"] >= lost[2:].norm() / lost.norm() * (1 - 1e-9)
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        lines[-2]
+        == f"{small.num_parameters:,} parameters are {small.num_parameters / 33_952:.2%} of the 33,952 of its base"
+    )
+    assert lines[-1] == (
+        f"rank 2 of 4: lacks {about['error']:.3%} of the trained update, in {about['worst_layer']} "
+        f"{about['worst_error']:.3%} (Frobenius norm)"
+    )
+    expected = latents(distilled, *OWN_STEPS)
+    over = {rank: latents(trained, f"lora={tmp_path / rank}", *OWN_STEPS) for rank in ("whole", "small")}
+    torch.testing.assert_close(over["whole"], expected, atol=1e-4, rtol=0)
+    assert (over["small"] - expected).abs().max() > 1e-3
+
+
 def test_what_was_trained_alone_is_completed_by_the_weights_that_it_started_from(trained, distilled, tmp_path):
     """A sharded run may leave its frozen base out (`trainable_only`); initial weights in its place would be noise."""
     whole = checkpoint(distilled, 2)
@@ -386,4 +422,6 @@ def test_a_lora_in_the_wrong_place_is_refused(trained, distilled, loras, tmp_pat
         rolled_out(f"checkpoint={distilled}", f"lora={file}")
     with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors and no pytorch_lora_weights"):
         rolled_out(f"checkpoint={trained}", f"lora={tmp_path}")
+    with pytest.raises(ValueError, match="rank=5 must be 1 to 4, the rank of the trained adapter"):
+        make(distilled, tmp_path / "lora", "format=lora", "rank=5")
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from torch import nn
 from longlive.adapters.export import NAMINGS, ExportSummary, stored_dtype, summarise
 from longlive.adapters.exported import KEY, SUFFIX, ExportedFile, describe, read_description, read_metadata
 from longlive.adapters.lora import PREFIX, adapted_layers, adapter_state, add_stored_adapter
+from longlive.adapters.lora_truncation import Truncation
 from longlive.models.wan.config import Naming
 from longlive.models.wan.weights import diffusers_name, original_name
 from longlive.typing import Tensor
@@ -57,12 +59,14 @@ class LoRAFormat:
         self.dtype = stored_dtype("dtype", dtype)
 
 
-def check_lora_export(folder: Path, naming: str) -> None:
+def check_lora_export(folder: Path, naming: str, rank: object = None) -> None:
     """What can be known before a network is read.
 
     Raises:
-        ValueError: if the folder exists or has the name of a file, or there are no such names.
+        ValueError: if the folder exists or has the name of a file, or there are no such names; or the rank is none.
     """
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank={rank} must be a whole number of at least 1, or null: as trained")
     if naming not in NAMINGS:
         raise ValueError(f"naming={naming!r}: format=lora has the names of {' or '.join(NAMINGS)}")
     if folder.suffix == SUFFIX:
@@ -80,6 +84,7 @@ def write_lora(
     config: Mapping[str, Any],
     step: int,
     naming: Naming = "original",
+    truncation: Truncation | None = None,
 ) -> ExportSummary:
     """Write a run's adapter, with what its run was.
 
@@ -89,12 +94,14 @@ def write_lora(
         config: plain containers; a rollout takes its settings from it.
         step: of the checkpoint.
         naming: whose names tensors get.
+        truncation: what it lacks of the adapter that the run trained; None: nothing.
 
     Raises:
         ValueError: as `check_lora_export`; or if there is no such adapter.
     """
     check_lora_export(folder, naming)
-    about = describe(format.name, naming, config, step)
+    lacks = {} if truncation is None else {"truncation": asdict(truncation)}
+    about = describe(format.name, naming, config, step, **lacks)
     save_adapter(network, name, folder, format.dtype, naming=naming, metadata=about)
     file = find_adapter(folder)
     stored = load_file(file)

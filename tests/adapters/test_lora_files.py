@@ -30,6 +30,7 @@ from longlive.adapters.lora_files import (
     write_lora,
 )
 from longlive.adapters.lora_merging import merge_adapter
+from longlive.adapters.lora_truncation import add_truncated
 from longlive.models.wan.model import CausalWan
 from longlive.models.wan.weights import save_weights
 from longlive.typing import Tensor
@@ -39,12 +40,16 @@ RUN = {"module": {"seed": 3}, "data": {"fps": 24.0}}
 
 @pytest.fixture(scope="module")
 def network() -> CausalWan:
-    """Two adapters that do something; alpha is not the rank."""
+    """Two adapters that do something, whose alpha is not their rank; and the first one in a lower rank."""
     made = base()
     for seed, name in enumerate(("student", "critic")):
         add_adapter(made, name, LoRASettings(rank=4, alpha=8))
         fill_adapter(made, name, seed)
+    add_truncated(made, "student", 2, "small")
     return made
+
+
+either = pytest.mark.parametrize("name", ["student", "small"])
 
 
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
@@ -71,12 +76,13 @@ def test_an_adapter_goes_to_a_file_and_comes_back(
     assert [path.name for path in tmp_path.iterdir()] == ["critic"]
 
 
-def test_peft_loads_the_file(network: CausalWan, tmp_path: Path) -> None:
+@either
+def test_peft_loads_the_file(network: CausalWan, tmp_path: Path, name: str) -> None:
     """Over the plain network, with nothing of ours: the very numbers."""
-    save_adapter(network, "student", tmp_path / "student")
+    save_adapter(network, name, tmp_path / "student")
     loaded = peft.PeftModel.from_pretrained(base(), str(tmp_path / "student"))
     with torch.no_grad():
-        assert torch.equal(velocity(loaded.base_model.model), adapted("student", network))
+        assert torch.equal(velocity(loaded.base_model.model), adapted(name, network))
     named = peft.get_peft_model_state_dict(loaded)
     stored = load_file(tmp_path / "student" / "adapter_model.safetensors")
     assert {key: value.shape for key, value in named.items()} == {key: value.shape for key, value in stored.items()}
@@ -105,11 +111,12 @@ def their_velocity(model: diffusers.WanTransformer3DModel) -> Tensor:
     return made.transpose(1, 2)
 
 
-def test_diffusers_loads_the_adapter_and_the_merged_network(network: CausalWan, tmp_path: Path) -> None:
+@either
+def test_diffusers_loads_the_adapter_and_the_merged_network(network: CausalWan, tmp_path: Path, name: str) -> None:
     """Without our metadata alpha would be taken for the rank, and half of the adapter be missing."""
     save_weights(base().state_dict(), CONFIG, tmp_path / "base", naming="diffusers")
-    write_lora(tmp_path / "lora", network, "student", LoRAFormat(), config=RUN, step=7, naming="diffusers")
-    expected = adapted("student", network)
+    write_lora(tmp_path / "lora", network, name, LoRAFormat(), config=RUN, step=7, naming="diffusers")
+    expected = adapted(name, network)
     theirs = diffusers_network(tmp_path / "base")
     torch.testing.assert_close(their_velocity(theirs), adapted(None, network), rtol=0, atol=1e-5)
     theirs.load_lora_adapter(str(tmp_path / "lora"), weight_name=DIFFUSERS_FILE)
@@ -117,7 +124,7 @@ def test_diffusers_loads_the_adapter_and_the_merged_network(network: CausalWan, 
     assert (expected - adapted(None, network)).abs().max() > 0.05
     as_pipeline, metadata = diffusers.WanPipeline.lora_state_dict(str(tmp_path / "lora"), return_lora_metadata=True)
     assert_same(as_pipeline, load_file(tmp_path / "lora" / DIFFUSERS_FILE))
-    assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == (4, 8)
+    assert (metadata["transformer.r"], metadata["transformer.lora_alpha"]) == ((4, 8) if name == "student" else (2, 2))
 
     student = base()
     load_adapter(student, "student", tmp_path / "lora")
@@ -129,9 +136,10 @@ def test_diffusers_loads_the_adapter_and_the_merged_network(network: CausalWan, 
     torch.testing.assert_close(their_velocity(merged), expected, rtol=0, atol=1e-5)
 
 
-def test_a_file_of_diffusers_loads_here(network: CausalWan, tmp_path: Path) -> None:
+@either
+def test_a_file_of_diffusers_loads_here(network: CausalWan, tmp_path: Path, name: str) -> None:
     """With its metadata; and as other programs write it, without: alpha is the rank."""
-    save_adapter(network, "student", tmp_path / "ours", naming="diffusers")
+    save_adapter(network, name, tmp_path / "ours", naming="diffusers")
     save_weights(base().state_dict(), CONFIG, tmp_path / "base", naming="diffusers")
     theirs = diffusers_network(tmp_path / "base")
     theirs.load_lora_adapter(str(tmp_path / "ours"), weight_name=DIFFUSERS_FILE, adapter_name="style")
@@ -143,11 +151,11 @@ def test_a_file_of_diffusers_loads_here(network: CausalWan, tmp_path: Path) -> N
     )
     again = base()
     load_adapter(again, "style", tmp_path / "pipeline")
-    assert torch.equal(adapted("style", again), adapted("student", network))
+    assert torch.equal(adapted("style", again), adapted(name, network))
     save_file(load_file(tmp_path / "pipeline" / DIFFUSERS_FILE), tmp_path / "bare.safetensors")
     load_adapter(again, "bare", tmp_path / "bare.safetensors")
-    assert_same(adapter_state(again, "bare"), adapter_state(network, "student"))
-    assert again.blocks[0].ffn[0].scaling == {"style": 2.0, "bare": 1.0}
+    assert_same(adapter_state(again, "bare"), adapter_state(network, name))
+    assert again.blocks[0].ffn[0].scaling == {"style": 2.0 if name == "student" else 1.0, "bare": 1.0}
 
 
 @pytest.mark.parametrize("naming", ["original", "diffusers"])
