@@ -1,9 +1,10 @@
 """`longlive <command>`: dispatch, and what a user sees when something is wrong.
 
 Each command of the table below is a primary file in `conf/` and a function that takes the composed config; Hydra runs
-it, so sweeps and launchers (`-m`, `hydra/launcher=...`) work for all of them. A `ValueError` that one of our own checks
-raised is shown as its message alone (`HYDRA_FULL_ERROR=1` shows where it came from); every other exception keeps its
-traceback; both leave the process with a non-zero exit code. Nothing heavy is imported before a command is known.
+it, so sweeps and launchers (`-m`, `hydra/launcher=...`) work for all of them. What one of our own checks raised (a
+`ValueError`; a `FileNotFoundError` with words of ours) is shown as its message alone (`HYDRA_FULL_ERROR=1` shows where
+it came from); every other exception keeps its traceback; both leave the process with a non-zero exit code. Nothing
+heavy is imported before a command is known.
 """
 
 import difflib
@@ -124,11 +125,13 @@ def _run(name: str, command: _Command, arguments: list[str]) -> None:
         sys.argv = command_line
         job = HydraConfig.get()
         if command.directory_per_job and job.mode is RunMode.MULTIRUN:
+            if "shared_directory" in config:
+                config.shared_directory = config.shared_directory  # no longer a reference to what changes now
             config.directory = job.runtime.output_dir
         function: Callable[[DictConfig], Any] = getattr(importlib.import_module(command.module), command.function)
         try:
             function(config)  # what it returns stays here: a launcher would send it back, with the whole network
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             if not _is_ours(error):
                 raise
             raise CompactHydraException(f"longlive {name}: {error}") from error
@@ -137,7 +140,9 @@ def _run(name: str, command: _Command, arguments: list[str]) -> None:
     options = [argument for argument in arguments if argument not in parsed.overrides]
     named = [
         f"hydra.job.name={name}",
-        # Jobs of a sweep are named by what is swept.
+        # Jobs of a sweep are named by what is swept, in characters that need no quotes in checkpoint=runs/...
+        "hydra.job.config.override_dirname.kv_sep=-",
+        "hydra.job.config.override_dirname.item_sep=+",
         f"hydra.job.config.override_dirname.exclude_keys={['directory', *configuration.fixed_keys(parsed.overrides)]}",
     ]
     sys.argv = [command_line[0], *options, *named, *parsed.overrides]
@@ -148,7 +153,9 @@ def _run(name: str, command: _Command, arguments: list[str]) -> None:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the error was raised in this package, not in a library that it called."""
+    """Whether the error was raised in this package, not in a library or the system that it called."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return False
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next

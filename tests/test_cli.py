@@ -118,8 +118,12 @@ def test_a_sweep_runs_one_job_per_value_and_options_may_stand_anywhere(project):
     [
         (("seed=1",), ["run"]),
         (("-m", "seed=1"), ["run"]),
-        (("-m", "seed=1,2", "trainer.max_steps=3"), ["run/seed=1", "run/seed=2"]),
-        (("-m", "directory=a,b", "seed=range(1,3)"), ["a/seed=1", "a/seed=2", "b/seed=1", "b/seed=2"]),
+        (("-m", "seed=1,2", "trainer.max_steps=3"), ["run/seed-1", "run/seed-2"]),
+        (
+            ("-m", "seed=1,2", "trainer.max_steps=3,4"),
+            [f"run/seed-{s}+trainer.max_steps-{n}" for s in (1, 2) for n in (3, 4)],
+        ),
+        (("-m", "directory=a,b", "seed=range(1,3)"), ["a/seed-1", "a/seed-2", "b/seed-1", "b/seed-2"]),
     ],
 )
 def test_every_job_of_a_sweep_has_a_directory_of_its_own(project, overrides, directories):
@@ -129,6 +133,32 @@ def test_every_job_of_a_sweep_has_a_directory_of_its_own(project, overrides, dir
     assert done.returncode == 0, done.stderr
     found = [line.removeprefix("in ") for line in done.stdout.splitlines() if line.startswith("in ")]
     assert [str((project / each).relative_to(project)) for each in found] == directories
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shared"),
+    [
+        (("experiment=toyworld",), "runs/toyworld"),
+        (("experiment=quickstart", "directory=elsewhere"), "elsewhere"),
+        (("experiment=toyworld_long", "shared_directory=data"), "data"),
+        (("experiment=toyworld", "text=umt5", "text.encoder.folder=t5"), "runs/toyworld"),
+    ],
+)
+def test_the_jobs_of_a_sweep_read_what_lies_in_the_sweeps_directory(tmp_path, overrides, shared):
+    """Shards in the folders of jobs that have not run are what a sweep of the documentation would look for."""
+    body = """
+        def train(config):
+            print("job", config.directory, config.callbacks.checkpoint.dirpath)
+            print("reads", config.data.train, config.text.get("folder"))
+        """
+    done = longlive("train", *overrides, "-m", "seed=0,1", cwd=tmp_path, body=body)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    folder = f"{shared}/prompt_embeds" if "text=umt5" in overrides else "None"
+    assert [line[1:] for line in lines if line[0] == "reads"] == [[f"{shared}/shards", folder]] * 2
+    jobs = [line[1:] for line in lines if line[0] == "job"]
+    assert [Path(directory).name for directory, _ in jobs] == ["seed-0", "seed-1"]
+    assert all(checkpoints == f"{directory}/checkpoints" for directory, checkpoints in jobs)
 
 
 def test_an_unknown_key_is_one_message_and_nothing_is_started(project):
@@ -164,6 +194,17 @@ def test_a_refused_setting_is_one_message_and_a_failure(project):
     assert "HYDRA_FULL_ERROR=1" in done.stderr
 
 
+def test_a_file_that_is_not_there_is_one_message_if_our_words_say_so(project):
+    body = """
+        def train(config):
+            raise FileNotFoundError("nov is no directory; `longlive shards` writes one")
+        """
+    done = longlive(*PROBE, cwd=project, body=body)
+    assert done.returncode == 1
+    assert "\nlonglive train: nov is no directory; `longlive shards` writes one\n" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_hydras_variable_shows_where_a_setting_was_refused(project):
     done = longlive(*PROBE, cwd=project, body=REFUSING, env={"HYDRA_FULL_ERROR": "1"})
     assert done.returncode == 1
@@ -177,6 +218,7 @@ def test_hydras_variable_shows_where_a_setting_was_refused(project):
         ("raise RuntimeError('the loss is infinite at step 7')", "RuntimeError: the loss is infinite at step 7"),
         ("import json; json.loads('{')", "JSONDecodeError"),
         ("{}['latents']", "KeyError: 'latents'"),
+        ("open('gone')", "FileNotFoundError: [Errno 2] No such file or directory: 'gone'"),
     ],
 )
 def test_every_other_exception_keeps_its_traceback_and_fails(project, statement, shown):

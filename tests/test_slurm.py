@@ -148,7 +148,7 @@ def test_the_jobs_of_a_sweep_continue_from_their_own_checkpoints_when_they_are_q
     folder = command(tmp_path / "bin", LONGLIVE)
     resources = [f"hydra.launcher.{resource}" for resource in ("gpus_per_node=null", "cpus_per_task=1")]
     sweep = overrides(directory, shards, *JOB, "launcher=slurm", "trainer.devices=1", "seed=0,1", *resources)
-    jobs = [directory / f"seed={seed}" for seed in (0, 1)]
+    jobs = [directory / f"seed-{seed}" for seed in (0, 1)]
     with log.open("w") as file:
         sender = subprocess.Popen(
             [f"{folder}/longlive", "train", *sweep],

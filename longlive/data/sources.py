@@ -19,7 +19,7 @@ from longlive.data.video import VIDEO_SUFFIXES, UnreadableVideoError
 from longlive.typing import Tensor, UInt8
 
 
-class UnreadableClipError(Exception):
+class UnreadableClipError(ValueError):
     """A clip of a source that cannot become a sample."""
 
     def __init__(self, key: str, reason: str) -> None:
