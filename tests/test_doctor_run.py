@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import pytest
 from helpers.interrupted import Drawn
 from helpers.runs import config_of, curves, write_toyworld
 from longlive.callbacks.run_record import this_process
+from longlive.config import compose
 from longlive.doctor.report import main
-from longlive.doctor.run import look_at
+from longlive.doctor.run import RunState, StoredCheckpoint, look_at, samples_of_step
 from longlive.train import train
 
 STEPS = 4
@@ -74,6 +77,15 @@ def test_a_finished_run_has_its_numbers_and_what_to_do_with_it(whole, capsys):
     text = page(capsys, whole)
     assert "finished: it finished at step 4" in text
     assert f"longlive generate checkpoint={whole}" in text
+
+
+def test_the_command_that_it_prints_can_be_typed(whole, tmp_path, capsys):
+    """Hydra reads `checkpoint=runs/lr=1` as no override at all."""
+    for name in ("seed-1+optimizer.lr-0.001", "lr=1,seed=2", "my run (2)"):
+        directory = Path(shutil.copytree(whole, tmp_path / name))
+        words = shlex.split(page(capsys, directory).partition("- longlive ")[2].partition(" prompts=")[0])
+        assert words[0] == "generate"
+        assert compose("generate", words[1:]).checkpoint == str(directory)
 
 
 def test_the_clips_of_every_step_are_those_that_it_trained_on(whole, drawn, capsys):
@@ -157,6 +169,21 @@ def test_a_directory_without_a_run_is_an_error(tmp_path, capsys):
     assert main(["run", str(tmp_path)]) == 1
     assert "is no directory of a run" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "nowhere")]) == 1
+
+
+def test_clips_of_a_run_whose_steps_changed_are_not_guessed(whole, capsys):
+    """The average of steps of 4 and of 8 clips is of no step."""
+
+    def run(*consumed: tuple[int, int]) -> RunState:
+        stored = [StoredCheckpoint(f"{step}.ckpt", step, None, 1, samples) for step, samples in consumed]
+        return replace(look_at(whole), checkpoints=stored)
+
+    assert run((100, 400), (200, 800)).clips_per_step == 4
+    assert run((100, 400)).clips_per_step == 4
+    changed = run((100, 400), (200, 1200))
+    assert changed.clips_per_step is None
+    with pytest.raises(ValueError, match="clips per step changed in this run"):
+        samples_of_step(changed, 150)
 
 
 def test_the_clips_of_a_step_that_cannot_be_told_are_an_error(directory, capsys):

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,18 @@ class RunState:
     @property
     def clips_per_step(self) -> int | None:
         """Over all ranks; None if it changed in the run, is not known, or steps make parts of videos."""
-        newest, streamed = self.newest, self.config.get("data", {}).get("clip_frames") is not None
-        if streamed or newest is None or not newest.step or newest.samples_consumed is None:
+        if self.config.get("data", {}).get("clip_frames") is not None:
             return None
-        clips, rest = divmod(newest.samples_consumed, newest.step)
+        known = {0: 0} | {
+            each.step: each.samples_consumed
+            for each in self.checkpoints
+            if each.fault is None and each.step and each.samples_consumed is not None
+        }
+        # The same up to every checkpoint, and from each to the next: an average over a change would be of no step.
+        rates = {
+            divmod(clips - before, step - last) for (last, before), (step, clips) in pairwise(sorted(known.items()))
+        }
+        (clips, rest) = rates.pop() if len(rates) == 1 else (None, 0)
         return None if rest else clips
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -182,6 +184,12 @@ def _checkpoints(run: RunState) -> Iterator[tuple[str, str]]:
         yield checkpoint.name, f"{checkpoint.num_bytes:,} bytes, {checkpoint.fault or 'complete'}"
 
 
+def _override(key: str, path: Path) -> str:
+    """As it is typed in a shell: Hydra takes a value with characters of its own grammar in quotes."""
+    is_plain = re.fullmatch(r"[\w/.+-]+", str(path), re.ASCII)
+    return f"{key}={path}" if is_plain else shlex.quote(f'{key}="{path}"')
+
+
 def advice(run: RunState) -> list[str]:
     """What to do next, most important first."""
     error = run.error or {}
@@ -189,7 +197,8 @@ def advice(run: RunState) -> list[str]:
         return ["Nothing: it trains. SIGTERM stops it at the end of a step, with a checkpoint."]
     if run.state == "finished":
         return [
-            f"longlive generate checkpoint={run.directory} prompts=... makes videos; longlive export writes one file.",
+            f"longlive generate {_override('checkpoint', run.directory)} prompts=... makes videos; "
+            "longlive export writes one file.",
             "To train on, start the same command with a larger trainer.max_steps.",
         ]
     again = f"Start the same command again: {continuation(run)}."
