@@ -51,7 +51,7 @@ from longlive.generate import load_asked, place, precision_of
 from longlive.precision.auto import autocast_context
 from longlive.rollout.engine import RolloutEngine
 from longlive.rollout.settings import RolloutSettings
-from longlive.rollout.video import to_uint8
+from longlive.rollout.video import decode_chunk
 from longlive.trained import Trained
 
 TEACHER = ("rollout.num_steps=50",)
@@ -235,7 +235,7 @@ class Work:
         """Chunk by chunk, as `longlive generate` does."""
         decoder = contestant.trained.module.codec.stream_decoder()
         chunks = latents.split(contestant.engine.settings.chunk_frames, dim=1)
-        return torch.cat([to_uint8(decoder.push(chunk)).cpu() for chunk in chunks], dim=1)
+        return torch.cat([decode_chunk(decoder, chunk) for chunk in chunks], dim=1)
 
     def _write(self, videos: Tensor, folder: Path) -> None:
         for number, video in enumerate(videos):

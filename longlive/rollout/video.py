@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from longlive.codecs.base import VideoCodec
+from longlive.codecs.base import StreamDecoder, VideoCodec
 from longlive.rollout.engine import ChunkReport, RolloutEngine
 from longlive.rollout.request import GivenFrames
 from longlive.text.base import TextEncoder
 from longlive.text.cache import unique_prompts
-from longlive.typing import Float, Int, RawFrames, Tensor, Video
+from longlive.typing import Float, Int, Latents, RawFrames, Tensor, Video
 
 FirstRawFrames = Float[Tensor, "b first_t 3 H W"]
 """What videos begin with, RGB in [-1, 1]."""
@@ -34,6 +34,13 @@ def encode_given(codec: VideoCodec, raw_frames: Video, device: torch.device) -> 
     # Latents are data: the precision of the network's products is not theirs.
     with torch.autocast(device.type, enabled=False):
         return torch.cat([codec.encode(one[None].to(device)).float() for one in raw_frames])
+
+
+def decode_chunk(decoder: StreamDecoder, chunk: Latents) -> RawFrames:
+    """The raw frames of the latents that come next, on the CPU."""
+    # As in encoding. The network, which goes on between two chunks, keeps its precision.
+    with torch.autocast(chunk.device.type, enabled=False):
+        return to_uint8(decoder.push(chunk)).cpu()
 
 
 @dataclass(frozen=True)
@@ -119,5 +126,5 @@ def generate_videos(
         record,
         given,
     )
-    video = torch.cat([to_uint8(decoder.push(chunk)).cpu() for chunk in chunks], dim=1)
+    video = torch.cat([decode_chunk(decoder, chunk) for chunk in chunks], dim=1)
     return video, Timings(loop, time.perf_counter() - start, video.shape[0] * video.shape[1])

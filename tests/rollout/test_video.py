@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from longlive.codecs.base import to_unit_range
-from longlive.codecs.wan import WanVideoCodec
+from longlive.codecs.dct import DCTCodec
+from longlive.codecs.wan import WanStreamDecoder, WanVideoCodec
 from longlive.diffusion.schedule import FlowSchedule
 from longlive.models.wan.model import CausalWan
 from longlive.rollout.engine import ChunkReport, RolloutEngine, RolloutSettings
-from longlive.rollout.video import Timings, generate_videos, to_uint8
+from longlive.rollout.video import Timings, decode_chunk, generate_videos, to_uint8
 from longlive.text.toy import ToyTextEncoder
 from longlive.typing import RawFrames
 
@@ -90,6 +91,33 @@ def test_seed_and_sample_ids_name_the_video(network: CausalWan, codec: WanVideoC
     second, _ = generate(network, codec, prompts=PROMPTS[1:], sample_ids=IDS[1:])
     assert_same_pixels(second, video[1:])
     assert not torch.equal(generate(network, codec, seed=6)[0], video)
+
+
+def test_the_precision_of_the_network_is_not_that_of_the_codec() -> None:
+    """Encoding has none of it either: pixels of one level more or less, by what the network multiplied in."""
+    codec = DCTCodec()
+    latents = torch.randn(1, 4, codec.latent_channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    decoder = codec.stream_decoder()
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [decode_chunk(decoder, chunk) for chunk in latents.split(2, dim=1)]
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(torch.cat(parts, dim=1), to_uint8(codec.decode(latents)))
+
+
+def test_a_codec_is_given_the_latents_without_autocast(
+    network: CausalWan, codec: WanVideoCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[bool] = []
+    push = WanStreamDecoder.push
+
+    def watched(decoder: WanStreamDecoder, latents: torch.Tensor) -> torch.Tensor:
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return push(decoder, latents)
+
+    monkeypatch.setattr(WanStreamDecoder, "push", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(network, codec, on_chunk=lambda report: inside.append(torch.is_autocast_enabled("cpu")))
+    assert inside == [True, False] * 3
 
 
 def test_timings_are_positive_and_consistent(
