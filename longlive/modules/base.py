@@ -314,9 +314,14 @@ class LongLiveModule(LightningModule):
         """In which the weights of another run's checkpoint are loaded."""
         return nullcontext()
 
-    def weights_of(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This module's weights as another run stored them: its own frozen ones where it stored none."""
-        return with_frozen(self, stored)
+    def weights_of(self, stored: Mapping[str, Tensor], is_part: bool = False) -> dict[str, Tensor]:
+        """This module's weights as another run stored them.
+
+        Args:
+            stored: the run's.
+            is_part: whether it stored what it trained alone (`trainable_only`): frozen weights stay as they are.
+        """
+        return with_frozen(self, stored) if is_part else dict(stored)
 
     def linear_precisions(self) -> list[LinearPrecision]:
         """The plugins that the networks' linear layers follow."""

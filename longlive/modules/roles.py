@@ -21,7 +21,7 @@ numbers. What was trained in one set of bases continues in another by `initialis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -222,31 +222,47 @@ class RolesModule(LongLiveModule):
             plugin.begin_backward(self.global_step)
         super().manual_backward(loss, *args, **kwargs)
 
-    def weights_of(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Also those of a run without adapters, or with other bases."""
-        return spread(self.state_dict(), stored)
+    def weights_of(self, stored: Mapping[str, Tensor], is_part: bool = False) -> dict[str, Tensor]:
+        """Also those of a run without adapters, or with other bases.
+
+        Raises:
+            ValueError: if a base would keep initial weights; see `spread`.
+        """
+        return spread(self.state_dict(), super().weights_of(stored, is_part))
 
     def room_for(self, checkpoint: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Packed bases take weights, or the codes of a run whose bases were packed likewise.
+        """Packed layers take the codes that the run has of them; the others their weights.
 
         Raises:
             ValueError: for codes of another scale rule.
         """
-        rules, ours = (set(held.values()) - {PLAIN} for held in (checkpoint.get("bases", {}), self.held_as()))
-        if rules and ours and rules != ours:
-            raise ValueError(
-                f"the checkpoint's bases are packed with the rule {', '.join(sorted(rules))}, and here with "
-                f"{', '.join(sorted(ours))}; start from the weights that it started from, or from an export of it"
-            )
-        return nullcontext() if rules else masters(self)
+        if checkpoint.get("trainable_only"):  # it has none of either: bases stay as they are
+            return nullcontext()
+        rules, found = checkpoint.get("bases", {}), _by_key(checkpoint["state_dict"])
+        without_codes = []
+        for place, name, layer in self._packed_layers():
+            codes, _, _ = packed_parts(str(base_name(f"{name}.weight")))
+            source = _source(place, found.get(codes, {}))
+            if source is None:
+                without_codes.append(layer)
+            elif rules.get(source) != layer.rule:
+                raise ValueError(
+                    f"the checkpoint's {source} is packed with the rule {rules.get(source)}, and here with "
+                    f"{layer.rule}; start from the weights that it started from, or from an export of it"
+                )
+        return masters(without_codes)
+
+    def _packed_layers(self) -> Iterator[tuple[str, str, NVFP4Linear]]:
+        """Place, name in the base, and layer."""
+        for base in self.bases:
+            for name, layer in self.get_submodule(base.place).named_modules():
+                if isinstance(layer, NVFP4Linear) and layer.is_packed:
+                    yield base.place, name, layer
 
     def held_as(self) -> dict[str, str]:
         """What every base has for weights, by its place: `weights`, or the scale rule of codes."""
-        held = {}
-        for base in self.bases:
-            layers = [layer for layer in self.get_submodule(base.place).modules() if isinstance(layer, NVFP4Linear)]
-            held[base.place] = next((layer.rule for layer in layers if layer.rule is not None), PLAIN)
-        return held
+        packed = {place: str(layer.rule) for place, _, layer in self._packed_layers()}
+        return {base.place: PLAIN for base in self.bases} | packed
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -271,23 +287,31 @@ def spread(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str,
         stored: that of the run.
 
     Returns:
-        what the module is to load: its own where nothing is stored; what it has no name for, under the stored name.
+        what the module is to load. Adapters that are not stored are its own, and codes beside their weight, which they
+        are made of; what it has no name for is under the stored name.
+
+    Raises:
+        ValueError: for weights of a base that are not stored: what the module has for them is no run's.
     """
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in stored.items():
-        place, key = _place_and_key(name)
-        found.setdefault(key, {})[place] = tensor
-    chosen = {}
-    known = set()
+    found, chosen = _by_key(stored), {}
+    missing = []
     for name, value in own.items():
         place, key = _place_and_key(name)
-        places = found.get(key, {})
-        known.add(key)
-        # Its own, if it is there, else the first in the order of the roles.
-        chosen[name] = next((places[p] for p in (place, *PLACES) if p in places), value)
-    # Codes of what is taken as weights: another base's.
-    known |= {part for key in known & found.keys() if key.endswith(".weight") for part in packed_parts(key)}
-    return chosen | {name: tensor for name, tensor in stored.items() if _place_and_key(name)[1] not in known}
+        source = _source(place, found.get(key, {}))
+        chosen[name] = value if source is None else found[key][source]
+        weight = _weight_of(name)
+        if source is None and base_name(name) is not None and (weight == name or weight not in own):
+            missing.append(name)
+    if missing:
+        has_codes = packed_parts(_place_and_key(missing[0])[1])[0] in found
+        raise ValueError(
+            f"the checkpoint has no weights for {missing[0]}{', only NVFP4 codes' if has_codes else ''}"
+            f"{f', and for {len(missing) - 1} more' if len(missing) > 1 else ''}: they would stay random. Use the "
+            "model and precisions that it was trained with; or start from the run that it started from, or by "
+            "module.weights from an export of it (longlive export format=fp32)"
+        )
+    known = {_weight_of(_place_and_key(name)[1]) for name in own}
+    return chosen | {name: x for name, x in stored.items() if _weight_of(_place_and_key(name)[1]) not in known}
 
 
 def with_weights(stored: Mapping[str, Tensor], held_as: Mapping[str, str]) -> dict[str, Tensor]:
@@ -315,3 +339,25 @@ def _place_and_key(name: str) -> tuple[str, str]:
     """Which base a weight is of, and what it is called in any of them."""
     place, _, rest = name.partition(".")
     return place, base_name(rest) or rest
+
+
+def _by_key(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Weights by key and place."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        place, key = _place_and_key(name)
+        found.setdefault(key, {})[place] = tensor
+    return found
+
+
+def _source(place: str, places: Container[str]) -> str | None:
+    """Whose weight a base takes: its own, if it is there, else the first in the order of the roles."""
+    return next((each for each in (place, *PLACES) if each in places), None)
+
+
+def _weight_of(name: str) -> str:
+    """What the weight is called of which this is a part of the codes; of all else, the name."""
+    for part in packed_parts(".weight"):
+        if name.endswith(part):
+            return f"{name.removesuffix(part)}.weight"
+    return name

@@ -251,7 +251,10 @@ def test_it_starts_from_the_weights_of_stage_one_or_of_another_distillation(make
     other = make()
     module.load_state_dict(module.weights_of(other.state_dict()))
     assert_same(learned(module), learned(other))
-    assert set(module.weights_of({"network.other": torch.zeros(1)})) - set(own) == {"network.other"}
+    assert set(module.weights_of(stored | {"network.other": torch.zeros(1)})) - set(own) == {"network.other"}
+    del stored["network.head.head.weight"]
+    with pytest.raises(ValueError, match=r"no weights for network\.head\.head\.weight\b"):
+        module.weights_of(stored)
 
 
 def test_a_checkpoint_holds_the_average_where_the_student_is(make: MakeDistillation, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ packed are loaded where layers are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -255,11 +255,10 @@ class NVFP4Linear(nn.Linear):
 
 
 @contextmanager
-def masters(module: nn.Module) -> Iterator[None]:
-    """Inside, packed layers have a master weight beside their codes, zero, for weights to be loaded into by the names
-    that they have in a network that is not packed; afterwards their codes are those of what was loaded. It takes the
-    memory of these weights in float32 for as long, of a sharded layer this rank's share."""
-    layers = [layer for layer in module.modules() if isinstance(layer, NVFP4Linear) and layer.is_packed]
+def masters(layers: Sequence[NVFP4Linear]) -> Iterator[None]:
+    """Inside, these packed layers have a master weight beside their codes, zero, for weights to be loaded into by the
+    names that they have in a network that is not packed; afterwards their codes are those of what was loaded. It takes
+    the memory of these weights in float32 for as long, of a sharded layer this rank's share."""
     for layer in layers:
         layer.weight = nn.Parameter(_zeros_beside(layer), requires_grad=False)
     try:
