@@ -24,7 +24,7 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from longlive.callbacks.ema import EMA
-from longlive.codecs.base import num_raw_frames, to_unit_range
+from longlive.codecs.base import to_unit_range
 from longlive.data.prompts import StoryPrompt
 from longlive.data.requests import VideoRequest
 from longlive.data.shots import SCENE_CUT_PHRASE
@@ -63,7 +63,8 @@ class SampleVideo(Callback):
         scene_cut_phrase: begins the first prompt of every shot but the first; the one of training.
 
     Raises:
-        ValueError: if there is no prompt, a story's captions and durations do not fit, or only some have an image.
+        ValueError: if there is no prompt, a story's captions and durations do not fit, only some have an image, or a
+            size or the rate is not positive.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class SampleVideo(Callback):
         height: int,
         width: int,
         directory: str,
-        fps: float = 24.0,
+        fps: float | int = 24.0,
         every_n_steps: int = 500,
         seed: int = 0,
         metric: VideoMetric | None = None,
@@ -82,6 +83,9 @@ class SampleVideo(Callback):
     ) -> None:
         if not prompts:
             raise ValueError("no prompt: SampleVideo needs at least one")
+        for name, value in (("height", height), ("width", width), ("fps", fps)):
+            if not value > 0:
+                raise ValueError(f"{name}={value} must be positive")
         self.requests = [
             prompt
             if isinstance(prompt, VideoRequest)
@@ -111,8 +115,7 @@ class SampleVideo(Callback):
             if request.image is not None:
                 request.first_frame(self.height, self.width)
         codec = pl_module.codec
-        num_raw = num_raw_frames(self.num_frames, codec.temporal_ratio)
-        codec.check_video(torch.empty(0, num_raw, 3, self.height, self.width))
+        codec.check_size(self.height, self.width)
         pl_module.model_config.patches(self.height // codec.spatial_ratio, self.width // codec.spatial_ratio)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -101,6 +101,9 @@ class PromptDataModule(PositionDataModule):
         super().__init__(num_frames, clip_frames, batch_size)
         if not prompts:
             raise ValueError("no prompt: training on prompts needs at least one")
+        for name, value in (("chunk_frames", chunk_frames), ("height", height), ("width", width), ("fps", fps)):
+            if not value > 0:
+                raise ValueError(f"{name}={value} must be positive")
         if num_frames < 1 or num_frames % chunk_frames:
             lower = max(num_frames // chunk_frames, 1) * chunk_frames
             raise ValueError(

@@ -215,6 +215,14 @@ def test_without_a_prompt_there_is_nothing_to_sample(tmp_path):
         sampler(tmp_path, prompts=[])
 
 
+@pytest.mark.parametrize("changes", [{"fps": 0}, {"fps": -24.0}, {"height": 0}, {"width": -32}], ids=str)
+def test_sizes_and_rates_are_positive(tmp_path, changes):
+    """Found when the first file is written, they cost the steps before it."""
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=f"{name}={value} must be positive"):
+        sampler(tmp_path, **changes)
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     [
