@@ -182,7 +182,7 @@ def make_plan(config: DictConfig, machine: Machine, pre_encoded: bool = False) -
         raise ValueError(
             f"module {type(module).__name__} cannot be planned; use module=teacher_forcing, multi_shot or distillation"
         )
-    accumulation = accumulation_of(config, data_size)
+    accumulation = accumulation_of(config, data_size, by_hand=not module.automatic_optimization)
     precision = precision_of(config, machine)
     name = precision if isinstance(precision, str) else str(precision.precision)
     sharding = sharding_of(strategy, machine)

@@ -120,11 +120,27 @@ def clip_of(config: DictConfig) -> ClipSpec:
     return ClipSpec(data.num_frames, data.chunk_frames, data.height, data.width, data.fps)
 
 
-def accumulation_of(config: DictConfig, data_size: int) -> int:
-    declared = config.data.get("global_batch_size")
-    if declared is None:
-        return int(config.trainer.accumulate_grad_batches)
-    return accumulation(declared, config.data.batch_size, data_size)
+def accumulation_of(config: DictConfig, data_size: int, by_hand: bool) -> int:
+    """Micro-batches per optimizer step; one, if a module steps `by_hand`.
+
+    Raises:
+        ValueError: for a number that a training refuses.
+    """
+    asked, declared = config.trainer.accumulate_grad_batches, config.data.get("global_batch_size")
+    if asked < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches={asked} must be at least 1")
+    number = asked if declared is None else accumulation(declared, config.data.batch_size, data_size)
+    if asked not in (1, number):
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={asked} contradicts data.global_batch_size={declared}, which makes "
+            f"{number} of it; leave one of the two out"
+        )
+    if by_hand and number != 1:
+        raise ValueError(
+            f"{number} micro-batches per step, but distillation steps its optimizers by hand, where Lightning "
+            "accumulates nothing; use trainer.accumulate_grad_batches=1, and another data.batch_size"
+        )
+    return int(number)
 
 
 def codec_of(config: DictConfig) -> VideoCodec:

@@ -246,6 +246,7 @@ def _sent(module: DistillationModule, roles: Roles, run: RunShape) -> dict[str, 
     found = {
         "attention (all-to-all)": int((rolled + learned + scored) / every + rolled + (2 * layers + again) * score),
     }
+    gradients = (roles.sizes[STUDENT] // every + roles.sizes[CRITIC]) * sharding.reduced_itemsize
     if sharding.num_shards > 1:
         network = {
             role: gather_bytes(base.rest + layers * base.block, sharding.num_shards)
@@ -259,8 +260,10 @@ def _sent(module: DistillationModule, roles: Roles, run: RunShape) -> dict[str, 
         found["parameters gathered"] = int(
             (student + scores) / every + in_rollout * network[STUDENT] + backward * network[CRITIC]
         )
-        found["gradients reduced to shards"] = gather_bytes(
-            (roles.sizes[STUDENT] // every + roles.sizes[CRITIC]) * sharding.reduced_itemsize, sharding.num_shards
-        )
+        found["gradients reduced to shards"] = gather_bytes(gradients, sharding.num_shards)
+    if sharding.num_replicas > 1:
+        # A reduce-scatter and an all-gather among the replicas of a shard.
+        of_a_shard = gradients // sharding.num_shards
+        found["gradients averaged over replicas"] = 2 * gather_bytes(of_a_shard, sharding.num_replicas)
     found["loss, gradient norm, sample ids"] = scalar_communication(work, run.num_gpus, 1)
     return found
