@@ -128,9 +128,10 @@ class VideoDataModule(PositionDataModule):
         """Open the indices, and set the Trainer's accumulation.
 
         Raises:
-            ValueError: if the ranks do not divide the global batch, the Trainer accumulates something else, or it would
-                replace the order.
+            ValueError: if the module cannot train on these clips, the ranks do not divide the global batch, the Trainer
+                accumulates something else, or it would replace the order.
         """
+        super().setup(stage)
         if stage == "fit":
             self._declare_global_batch()
         spec = self.window_spec()

@@ -12,12 +12,21 @@ how many it has come for belongs to the position.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import ParallelStrategy
 
 from longlive.data.order import PositionBatches, RepeatedBatches
+
+
+@runtime_checkable
+class ChecksData(Protocol):
+    """A module that cannot train on all data."""
+
+    def check_data(self, data: PositionDataModule) -> None:
+        """Raise the `ValueError` for data that it cannot train on."""
+        ...
 
 
 class PositionDataModule(LightningDataModule):
@@ -40,11 +49,21 @@ class PositionDataModule(LightningDataModule):
             raise ValueError(
                 f"clip_frames={clip_frames} does not divide num_frames={num_frames}: videos are made of whole clips"
             )
-        self.batch_size = batch_size
+        self.num_frames, self.clip_frames, self.batch_size = num_frames, clip_frames, batch_size
         self.num_clips = 1 if clip_frames is None else num_frames // clip_frames
         self._samples_at_start = 0
         self._clips_at_start = 0
         self._batches_at_start = 0
+
+    def setup(self, stage: str) -> None:
+        """Refuse, before a network is built, data that the module cannot train on.
+
+        Raises:
+            ValueError: by `ChecksData`.
+        """
+        module: object = None if self.trainer is None else self.trainer.lightning_module
+        if stage == "fit" and isinstance(module, ChecksData):
+            module.check_data(self)
 
     def data_parallel(self) -> tuple[int, int]:
         """This process's data rank, and the number of data ranks. Sequence-parallel peers share a data rank.

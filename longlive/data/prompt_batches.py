@@ -110,7 +110,7 @@ class PromptDataModule(PositionDataModule):
                 f"num_frames={num_frames} is no positive multiple of chunk_frames={chunk_frames}; use {lower} or "
                 f"{lower + chunk_frames}"
             )
-        self.num_frames, self.height, self.width, self.fps = num_frames, height, width, fps
+        self.height, self.width, self.fps = height, width, fps
         stories = [p if isinstance(p, StoryPrompt) else StoryPrompt(p, (p,)) for p in prompts]
         if not scene_cuts:
             stories = [replace(story, scene_cuts=False) for story in stories]
@@ -118,7 +118,8 @@ class PromptDataModule(PositionDataModule):
         self.dataset = PromptDataset(fitted, scene_cut_phrase, seed)
 
     def setup(self, stage: str) -> None:
-        """Refuse a length that the ranks of the module cannot share, before a network is built."""
+        """Also refuse a length that the ranks of the module cannot share."""
+        super().setup(stage)
         module: object = None if self.trainer is None else self.trainer.lightning_module
         if isinstance(module, ReadsWindows):
             module.clip_window(self.num_frames)

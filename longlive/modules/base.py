@@ -26,6 +26,7 @@ from longlive.adapters.adapted import AdaptedNetwork
 from longlive.adapters.lora import LoRASettings, add_adapter, initialise_adapter, train_only
 from longlive.codecs.base import VideoCodec, to_unit_range
 from longlive.data.batch import VideoBatch
+from longlive.data.position import PositionDataModule
 from longlive.data.sample import ClipWindow
 from longlive.diffusion.schedule import FlowSchedule
 from longlive.models.wan.config import WanConfig
@@ -213,6 +214,14 @@ class LongLiveModule(LightningModule):
     def check_sequence(self) -> None:
         """Raise the `ValueError` for a number of sequence ranks, or a way of splitting, that this stage cannot have."""
         check_heads(self.model_config.num_heads, self.sequence.size)
+
+    def check_data(self, data: PositionDataModule) -> None:
+        """Raise the `ValueError` for data that this stage cannot train on, before a network is built."""
+        if data.num_clips > 1:
+            raise ValueError(
+                f"data.clip_frames={data.clip_frames} brings every batch {data.num_clips} times, for videos that are "
+                "made clip by clip; use data.clip_frames=null, or set module.streaming in distillation"
+            )
 
     def clip_window(self, num_frames: int) -> ClipWindow | None:
         """The raw frames of a clip of `num_frames` that this process reads; None: all of them.

@@ -31,7 +31,8 @@ from torch.distributed.tensor import DTensor
 from longlive.adapters.adapted import AdaptedNetwork
 from longlive.adapters.lora import LoRASettings
 from longlive.data.batch import VideoBatch
-from longlive.data.prompt_batches import PromptBatch
+from longlive.data.position import PositionDataModule
+from longlive.data.prompt_batches import PromptBatch, PromptDataModule
 from longlive.models.visibility import Role
 from longlive.modules.base import OptimizerFactory
 from longlive.modules.conditions import Conditions
@@ -141,6 +142,15 @@ class DistillationModule(RolesModule):
                 f"sequence_parallel_size={size}: this strategy gives some ranks clean chunks alone, and a step of "
                 "distillation is learned from noisy ones on every rank; use strategy=balanced_sp"
             )
+
+    def check_data(self, data: PositionDataModule) -> None:
+        """Raise the `ValueError` for data without the frames that are given, or of other videos than streams."""
+        if self.given_frames and isinstance(data, PromptDataModule):
+            raise ValueError(f"given_frames={self.given_frames}, but the data holds prompts alone; train on clips")
+        if self.stream is None:
+            super().check_data(data)
+        else:
+            self.stream.settings.check_data(data.num_frames, data.clip_frames)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizers = [

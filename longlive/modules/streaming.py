@@ -110,6 +110,15 @@ class StreamingSettings:
                 "student_every"
             )
 
+    def check_data(self, num_frames: int, clip_frames: int | None) -> None:
+        """Raise the `ValueError` for videos that are not as long as streams, or do not come for each of their clips."""
+        if (num_frames, clip_frames) != (self.max_frames, self.clip_frames):
+            raise ValueError(
+                f"data.num_frames={num_frames} and data.clip_frames={clip_frames}, but streams have max_frames="
+                f"{self.max_frames} and clip_frames={self.clip_frames}; set data.num_frames={self.max_frames} "
+                f"data.clip_frames={self.clip_frames}"
+            )
+
 
 class Stream:
     """The rollout that goes on.

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 
 from helpers.data_runs import SETTINGS, train
+from helpers.runs import tiny_module
 from longlive.data.datamodule import VideoDataModule
 from longlive.data.position import PositionDataModule
 
@@ -72,6 +74,14 @@ def test_clips_of_a_video_are_steps_on_the_same_samples_in_resumed_runs_too(
     first = train(data(), 4, save=tmp_path / "stopped.ckpt").seen
     rest = train(data(), 9, checkpoint=tmp_path / "stopped.ckpt").seen
     assert first + rest == [samples for samples in once for _ in range(SETTINGS["num_frames"])]
+
+
+def test_clips_of_a_video_are_refused_by_a_stage_that_makes_none(pristine_shards: Path) -> None:
+    data, module = VideoDataModule(pristine_shards, **SETTINGS | {"clip_frames": 1}), tiny_module()
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"data\.clip_frames=1 brings every batch \d times"):
+        trainer.fit(module, datamodule=data)
+    assert module.network is None
 
 
 @pytest.mark.parametrize(

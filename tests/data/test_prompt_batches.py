@@ -1,12 +1,20 @@
 """Prompts by position: every one once an epoch, on any number of ranks, and again from where a run was killed."""
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from torch.optim import SGD
 
+from helpers.runs import tiny_module
 from longlive.data.prompt_batches import PromptBatch, PromptDataModule
 from longlive.data.prompts import StoryPrompt
+from longlive.modules.distillation import DistillationModule
+from longlive.modules.streaming import StreamingSettings
+from longlive.rollout.settings import RolloutSettings
 
 TEXTS = [f"prompt {number}" for number in range(5)]
 STORY = StoryPrompt("story", ("a cat", "a dog"), (1, 2))
@@ -96,3 +104,42 @@ def test_stories_are_cut_as_they_say() -> None:
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         module(**changes)
+
+
+STREAMING = {
+    "streaming": StreamingSettings(max_frames=12, clip_frames=4),
+    "student_every": 2,
+    "rollout": RolloutSettings(chunk_frames=4, num_steps=2, window=8),
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "data", "message"),
+    [
+        ({}, {"clip_frames": 4}, r"clip_frames=4 brings every batch 3 times.*; use data\.clip_frames=null"),
+        ({"given_frames": 1}, {}, "given_frames=1, but the data holds prompts alone; train on clips"),
+        (STREAMING, {"num_frames": 16, "clip_frames": 4}, r"data\.num_frames=16 and .* max_frames=12"),
+        (STREAMING, {"clip_frames": 6}, r"data\.clip_frames=6, but .*; set data\.num_frames=12 data\.clip_frames=4"),
+        (STREAMING, {}, r"data\.clip_frames=None, but streams have max_frames=12 and clip_frames=4"),
+    ],
+    ids=["clips without streams", "no first frames", "another length", "other clips", "no clips"],
+)
+def test_data_of_another_stage_is_refused_before_a_network_is_built(
+    stage: dict[str, Any], data: dict[str, Any], message: str
+) -> None:
+    """Clips without streams would train on every batch several times, without an error."""
+    trained: Any = tiny_module(
+        DistillationModule, critic_optimizer=partial(SGD, lr=0.1), **{"student_every": 1, "guidance": 0.0} | stage
+    )
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(trained, datamodule=module(**data))
+    assert trained.network is None
+
+
+def test_data_as_the_stage_wants_it_is_taken() -> None:
+    for stage, clips in (({}, None), ({}, 12), (STREAMING, 4)):
+        trained: Any = tiny_module(DistillationModule, critic_optimizer=partial(SGD, lr=0.1), **stage)
+        data = module(clip_frames=clips)
+        data.trainer = SimpleNamespace(lightning_module=trained)  # type: ignore[assignment]
+        data.setup("fit")
