@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from longlive.callbacks.provenance import versions
 from longlive.codecs.base import VideoCodec, to_unit_range
-from longlive.config import instantiate, to_plain
+from longlive.config import check_types, instantiate, to_plain
 from longlive.data.datamodule import VideoDataModule
 from longlive.data.latent_shards import LatentShards, Share, VideoShards
 from longlive.data.latents import LatentSettings
@@ -35,6 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACKAGES = ("longlive", "torch", "diffusers", "transformers", "av")
 """Whose versions may change the bits of latents and embeddings. A set is encoded by one version of each."""
 POLL_SECONDS = 0.5
+_TYPES = dict.fromkeys(("epochs", "piece_frames", "num_processes", "first_gpu", "task_index", "num_tasks"), int)
 
 
 class OnlineEncoder:
@@ -72,6 +73,8 @@ def encode_shards(config: DictConfig) -> None:
         UnreadableClipError: with `strict`, at the first clip that cannot be read; always, if none can be.
     """
     settings = config.encode
+    check_types(settings, _TYPES)
+    check_types(config, {"strict": bool})
     task, num_processes = Share(settings.task_index, settings.num_tasks), settings.num_processes
     if num_processes < 1:
         raise ValueError(f"encode.num_processes={num_processes} must be at least 1")
@@ -79,7 +82,7 @@ def encode_shards(config: DictConfig) -> None:
     if device.type == "cuda" and num_processes != torch.cuda.device_count():
         log.info("%d GPUs are here; encode.num_processes may be as many", torch.cuda.device_count())
     shards, codec, text_encoder = _open(config, device)
-    index = shards.finished()
+    index = shards.begin(strict=config.strict)
     if index is None:
         mine = [shard for share in task.split(num_processes) for shard in share.of(shards.num_shards)]
         num_clips = sum(map(shards.num_clips, mine))
@@ -89,7 +92,7 @@ def encode_shards(config: DictConfig) -> None:
                 index = _encode(config, shards, encoder, task, lambda clips: bar.advance(bar_task, clips))
             else:
                 _in_processes(config, lambda clips: bar.update(bar_task, completed=clips))
-                index = shards.finished()
+                index = shards.begin(strict=config.strict)
     print(_report(config.directory, shards, index))
 
 
@@ -115,8 +118,9 @@ def _open(config: DictConfig, device: torch.device) -> tuple[LatentShards, Video
     settings = config.encode
     if settings.dtype not in DTYPES:
         raise ValueError(f"encode.dtype={settings.dtype!r} is unknown; use {' or '.join(DTYPES)}")
-    if settings.epochs < 1:
-        raise ValueError(f"encode.epochs={settings.epochs} must be at least 1")
+    for name in ("epochs", "piece_frames"):
+        if settings[name] < 1:
+            raise ValueError(f"encode.{name}={settings[name]} must be at least 1")
     source = instantiate(config.source)
     if not isinstance(source, VideoShards):
         raise ValueError(

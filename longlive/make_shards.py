@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from longlive.config import instantiate
+from longlive.config import check_types, instantiate
 from longlive.data.shards import write_shards
 
 
@@ -22,6 +22,7 @@ def make_shards(config: DictConfig) -> None:
 
         encode_shards(config)
         return
+    check_types(config, {"clips_per_shard": int, "quality": int, "strict": bool})
     index = write_shards(
         instantiate(config.source),
         config.directory,

@@ -31,3 +31,10 @@ def test_a_setting_that_the_source_does_not_take_is_refused_before_any_work(tmp_
     with pytest.raises(ValueError, match="unexpected keyword argument 'num_clip'"):
         make_shards(asked)
     assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(("name", "value", "type_"), [("clips_per_shard", "many", "int"), ("strict", "no", "bool")])
+def test_a_number_that_is_none_is_refused_by_name(tmp_path, name, value, type_):
+    with pytest.raises(ValueError, match=f"^{name}='{value}' is no {type_}$"):
+        make_shards(config(tmp_path / "shards", **{name: value}))
+    assert not (tmp_path / "shards").exists()

@@ -146,13 +146,17 @@ class LatentShards:
         """Of a shard."""
         return len(self.reader.shards[shard][1])
 
-    def finished(self) -> ShardIndex | None:
-        """The index, if the set is complete.
+    def begin(self, strict: bool = False) -> ShardIndex | None:
+        """The index, if the set is complete. Else say what is written here; any number of processes may.
 
         Raises:
-            ValueError: if it is one of other settings or other videos.
+            ValueError: if the directory holds something else.
+            UnreadableClipError: in strict mode, if the set is complete but for an unreadable clip.
         """
-        return self.writer.finished()
+        index = self.writer.finished()
+        if index is None:
+            self.writer.begin()
+        return index and index.checked(strict)
 
     def encode(
         self,
@@ -169,8 +173,8 @@ class LatentShards:
             encoder: makes latents and embeddings as `settings` say.
             share: None: all shards.
             piece_frames: latent frames that are decoded and encoded at once; changes no value.
-            strict: raise at the first unreadable clip. Otherwise it is logged, listed in the index, and its sample has
-                no latents.
+            strict: raise at the first unreadable clip, also one that an earlier run has left out. Otherwise it is
+                logged, listed in the index, and its sample has no latents.
             advance: called with the number of clips that were done.
 
         Returns:
@@ -183,10 +187,9 @@ class LatentShards:
         """
         if piece_frames < 1:
             raise ValueError(f"piece_frames={piece_frames} must be at least 1")
-        index = self.finished()
+        index = self.begin(strict)
         if index is not None:
             return index
-        self.writer.begin()
 
         def write(shard: int, wait: bool) -> bool:
             num_encoded = 0
@@ -211,7 +214,8 @@ class LatentShards:
         # What other processes are writing comes last: most of it will be done by then.
         for shard in [shard for shard in shards if not write(shard, wait=False)]:
             write(shard, wait=True)
-        return self.writer.finish(_check_readable, self.settings.to_json())
+        index = self.writer.finish(_check_readable, self.settings.to_json())
+        return index and index.checked(strict)
 
     def _write_shard(
         self,

@@ -17,6 +17,7 @@ from typing import Any
 import webdataset
 
 from longlive.data.shots import Shot
+from longlive.data.sources import UnreadableClipError
 
 FORMAT_VERSION = 1
 INDEX_NAME = "shards.json"
@@ -60,6 +61,12 @@ class ShardIndex:
     samples: tuple[ShardSample, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     latents: Mapping[str, Any] | None = None
+
+    def checked(self, strict: bool) -> ShardIndex:
+        """Itself; in strict mode an `UnreadableClipError`, if a clip was skipped, by whatever run."""
+        if strict and self.skipped:
+            raise UnreadableClipError(*self.skipped[0])
+        return self
 
     def to_json(self) -> dict[str, Any]:
         content = {

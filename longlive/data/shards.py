@@ -46,7 +46,8 @@ def write_shards(
         directory: made if it does not exist.
         clips_per_shard: source clips per tar.
         quality: x264's constant rate factor for clips that are encoded here.
-        strict: raise on the first unreadable clip. Otherwise it is logged, listed in the index and skipped.
+        strict: raise on the first unreadable clip, also one that an earlier run has skipped. Otherwise it is logged,
+            listed in the index and skipped.
         progress: show a progress bar.
 
     Returns:
@@ -68,7 +69,7 @@ def write_shards(
     writer = ShardSetWriter(directory, plan, -(-num_clips // clips_per_shard))
     index = writer.finished()
     if index is not None:
-        return index
+        return index.checked(strict)
     writer.begin()
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -95,7 +96,7 @@ def write_shards(
         logger.warning(
             "%d of %d clips were skipped; %s lists them", len(index.skipped), num_clips, directory / INDEX_NAME
         )
-    return index
+    return index.checked(strict)
 
 
 def _write_shard(

@@ -226,6 +226,8 @@ def test_an_unreadable_clip_keeps_its_place_without_latents(
     assert index.skipped == (("clip-004", "its mp4 is not what was written: the checksum differs"),)
     assert set(index.samples[4].members) == {"json"}
     assert "clip clip-004 is unreadable, and has no latents" in caplog.text
+    with pytest.raises(UnreadableClipError, match="clip-004: its mp4 is not what was written"):
+        writing.encode(encoder, strict=True)  # also of a set that is finished
     for shard in shards.glob("*.tar"):
         shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(UnreadableClipError, match=r"none of the 11 clips is readable; the first: .* checksum differs"):

@@ -172,6 +172,15 @@ def test_strict_makes_an_unreadable_clip_fatal(tmp_path: Path) -> None:
         write_shards(NumberedSource(unreadable=(3,)), tmp_path, clips_per_shard=3, strict=True, progress=False)
 
 
+def test_strict_refuses_a_finished_set_that_lacks_a_clip(tmp_path: Path) -> None:
+    """A run that was asked to be whole would report success over another run's holes."""
+    source = NumberedSource(unreadable=(3,))
+    write_shards(source, tmp_path, clips_per_shard=3, progress=False)
+    with pytest.raises(UnreadableClipError, match="clip-003: made so"):
+        write_shards(source, tmp_path, clips_per_shard=3, strict=True, progress=False)
+    assert len(write_shards(source, tmp_path, clips_per_shard=3, progress=False).samples) == 10
+
+
 def test_a_source_without_a_readable_clip_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UnreadableClipError, match="none of the 2 clips is readable"):
         write_shards(NumberedSource(2, unreadable=(0, 1)), tmp_path, progress=False)
