@@ -3,7 +3,8 @@
 Phases of a step: *data* (waiting for the loader), *encode* (codec, text encoder, noise), *forward*, *backward*,
 *optimizer* (clipping, step, everything until the batch ends); with gradient accumulation, each summed over the step's
 batches. Phases are measured on the steps that are logged; on an accelerator each border then waits for the device,
-which other steps never do. Tokens are those of the network's sequence, clean history and noisy targets, on all ranks.
+which other steps never do. Tokens are those of the network's sequence, clean history and noisy targets, on all ranks:
+those of teacher forcing. (Distillation measures its own steps, `callbacks.role_curves`.)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from longlive.data.batch import VideoBatch
 from longlive.modules.base import LongLiveModule
+from longlive.modules.teacher_forcing import TeacherForcingModule
 from longlive.typing import Tensor
 
 PHASES = ("data", "encode", "forward", "backward", "optimizer")
@@ -29,6 +31,9 @@ class Throughput(Callback):
 
     Args:
         every_n_steps: optimizer steps between two logged ones.
+
+    Raises:
+        ValueError: before training, for a module of another kind than `TeacherForcingModule`.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
@@ -45,9 +50,16 @@ class Throughput(Callback):
         self._interval_steps = 0
         self._measured = False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raise a `ValueError` for a stage whose steps are other work, before a network is built."""
+        if stage == "fit" and not isinstance(pl_module, TeacherForcingModule):
+            raise ValueError(
+                "Throughput counts the tokens and phases of teacher forcing, and the steps of "
+                f"{type(pl_module).__name__} are others; use callbacks.throughput=null"
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not isinstance(pl_module, LongLiveModule):
-            raise TypeError(f"Throughput measures a LongLiveModule, got {type(pl_module).__name__}")
+        assert isinstance(pl_module, LongLiveModule)
         pl_module.on_phase = self._begin
         self._batch_end = self._interval_start = time.perf_counter()
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 
 from helpers.runs import MemoryLogger, fake_batches, fit, tiny_module
 from longlive.callbacks.throughput import PHASES, Throughput, num_tokens
 from longlive.data.batch import VideoBatch
+from longlive.modules.distillation import DistillationModule
 from longlive.modules.teacher_forcing import TeacherForcingModule
 
 TOKENS = 2 * (4 + 8) * 2 * 2
@@ -179,6 +180,9 @@ def test_the_counts_survive_resuming(tmp_path):
     assert logger.of("progress/samples") == {5: 12}
 
 
-def test_a_module_without_phases_is_refused_by_name():
-    with pytest.raises(TypeError, match="Throughput measures a LongLiveModule, got LightningModule"):
-        Throughput().on_train_start(Trainer(accelerator="cpu", logger=False), LightningModule())
+def test_a_stage_of_other_steps_is_refused_by_name_before_a_network_is_built():
+    """Tokens of teacher forcing would be a wrong number for it, and batches of prompts have none."""
+    module = tiny_module(DistillationModule, critic_optimizer=partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(ValueError, match=r"the steps of DistillationModule are others; use callbacks.throughput=null"):
+        fit(module, fake_batches(1), [Throughput()])
+    assert module.network is None
