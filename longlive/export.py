@@ -32,8 +32,9 @@ def export(config: DictConfig) -> ExportSummary:
     """Run `conf/export.yaml` as composed; returns what it also prints.
 
     Raises:
-        ValueError: if there is no checkpoint, a setting is wrong, the file exists, or the checkpoint does not fit its
-            own config; nothing is written then.
+        ValueError: if a setting is wrong, the file exists, or the checkpoint does not fit its own config; nothing is
+            written then.
+        FileNotFoundError: if there is no checkpoint.
     """
     output = Path(config.output)
     format: ExportFormat | LoRAFormat = instantiate(config.format)
@@ -46,10 +47,7 @@ def export(config: DictConfig) -> ExportSummary:
                 f"rank={config.rank} is of format=lora; format={format.name} has the adapter in its weights, where a "
                 "lower rank saves nothing: leave rank out"
             )
-    try:
-        trained = load_trained(config.checkpoint)
-    except FileNotFoundError as error:
-        raise ValueError(str(error)) from error
+    trained = load_trained(config.checkpoint)
     if trained.packing is not None:
         raise ValueError(
             f"checkpoint={trained.path} is in NVFP4, and what was rounded away does not come back; export from the "

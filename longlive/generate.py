@@ -17,7 +17,7 @@ import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from lightning.pytorch.plugins import Precision
@@ -30,7 +30,7 @@ from longlive import __version__
 from longlive.adapters.lora_merging import merge_adapter
 from longlive.callbacks.sample_video import slug
 from longlive.codecs.base import VideoCodec, num_raw_frames, to_unit_range
-from longlive.config import instantiate, to_plain
+from longlive.config import check_types, instantiate, to_plain
 from longlive.data.atomic import write_aside
 from longlive.data.contact_sheet import write_contact_sheet
 from longlive.data.prompts import StoryPrompt
@@ -187,8 +187,10 @@ def check_numbers(config: DictConfig) -> None:
     """What is known of the numbers before anything is loaded.
 
     Raises:
-        ValueError: for one that is not positive, or not whole and has to be.
+        ValueError: for one that is not positive, or not whole and has to be; or a setting of another type.
     """
+    check_types(config, {"seed": int, "scene_cuts": bool})
+    check_types(config.rollout, {name: kind | None for name, kind in get_type_hints(RolloutSettings).items()})
     for name in ("num_frames", "height", "width", "fps", "batch_size", "sheet_rows"):
         value, of_training = config[name], name not in ("batch_size", "sheet_rows")
         if value is None and of_training:

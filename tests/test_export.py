@@ -217,7 +217,6 @@ def test_the_command_prints_what_it_wrote_and_leaves_nothing_else(trained, tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("checkpoint=nowhere", "format=bf16"), "no checkpoint at nowhere: give a .ckpt file, a run's directory"),
         (("format=bf16", "output=there.safetensors"), r"output=there\.safetensors exists, and nothing is overwritten"),
         (("format=bf16", "output=network.pt"), r"output=network\.pt must end in \.safetensors"),
         (("format=nvfp4", "naming=diffusers"), "naming='diffusers': format=nvfp4 has the names of original"),
@@ -239,6 +238,12 @@ def test_bad_input_is_one_clear_message_and_nothing_is_written(trained, tmp_path
     with pytest.raises(ValueError, match=message):
         export(compose("export", [f"{name}={value}" for name, value in given.items()]))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"there.safetensors": b"mine"}
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere: give a \.ckpt file, a run's directory"):
+        make(tmp_path / "nowhere", tmp_path / "network.safetensors", "format=bf16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nvfp4_is_never_exported_again(files, tmp_path):

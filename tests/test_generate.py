@@ -306,6 +306,17 @@ def test_bad_input_is_one_clear_message_before_any_work(
     assert not (tmp_path / "videos").exists()
 
 
+def test_settings_of_another_type_are_named_before_anything_is_read(tmp_path):
+    for setting, rule in (
+        ("seed=x", "seed='x' is no int"),
+        ("scene_cuts=2", "scene_cuts=2 is no bool"),
+        ("rollout.window=abc", "rollout.window='abc' is no int or None"),
+        ("rollout.guidance_scale=high", "rollout.guidance_scale='high' is no float or None"),
+    ):
+        with pytest.raises(ValueError, match=f"^{rule}$"):
+            make(tmp_path / "nowhere", tmp_path / "videos", setting)
+
+
 @pytest.mark.parametrize(
     ("setting", "rule"),
     [
