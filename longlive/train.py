@@ -1,7 +1,8 @@
 """`longlive train`: a composed config becomes objects, and the objects a run.
 
 A run lives in one directory. Started again with the same command, it continues from its newest complete checkpoint
-(`resume=auto`); `initialise_from` is something else: it takes the weights of another run and starts at step 0.
+(`resume=auto`); `initialise_from` is something else: it takes the weights of another run and starts at step 0. Which
+checkpoint that was is settled by the first start, and stays so: the run's config names it.
 
 How a run ends is known afterwards. It finishes; or a signal stops it at the end of a step, with a checkpoint, and the
 process exits with `EXIT_STOPPED`; or it fails, and the error leaves the process. `run.json` tells which
@@ -34,12 +35,15 @@ from longlive.modules.base import LongLiveModule
 from longlive.parallel.checkpoint import (
     AtomicCheckpointIO,
     check_same_shapes,
+    existing,
     find_checkpoint,
     is_trainable_only,
     load_checkpoint,
     newest_checkpoint,
 )
+from longlive.parallel.checkpoint_directory import is_complete, read_tree, standing
 from longlive.parallel.launcher import EXIT_STOPPED, exit_soon
+from longlive.parallel.sources import lost, sources_of
 from longlive.parallel.strategy import ShardedStrategy
 
 log = logging.getLogger(__name__)
@@ -56,13 +60,14 @@ def train(config: DictConfig) -> Trainer:
     _quieten()
     directory = Path(config.directory)
     checkpoint = _checkpoint_to_resume(config.resume, directory)
+    start = _start(config.initialise_from, checkpoint)
     datamodule = instantiate(config.data)
     module: LongLiveModule = instantiate(config.module)
-    module.run_config = to_plain(config)
+    module.run_config = to_plain(config) | {"initialise_from": start}
     trainer = make_trainer(config)
     # A checkpoint that leaves out frozen weights goes on over those that its run started from.
-    if config.initialise_from is not None and (checkpoint is None or is_trainable_only(checkpoint)):
-        initialise(trainer, module, find_checkpoint(config.initialise_from))
+    if start is not None and (checkpoint is None or is_trainable_only(checkpoint)):
+        initialise(trainer, module, Path(start))
     # Written once the run trains: a start that is refused leaves the records of an earlier one as they were.
     came_from = origin(Path.cwd())
     trainer.callbacks += [  # type: ignore[attr-defined]
@@ -117,21 +122,25 @@ def make_trainer(config: DictConfig) -> Trainer:
 
 def initialise(trainer: Trainer, module: LongLiveModule, checkpoint: Path) -> None:
     """Take the weights (the average, where there is one) of a checkpoint; step, optimizer and data position stay at 0.
-    Under a sharded strategy there is no network yet: it takes them when the fit starts.
+    One that leaves out frozen weights is taken over those that it goes over. Under a sharded strategy there is no
+    network yet: it takes them when the fit starts.
 
     Raises:
-        ValueError: if the checkpoint is of another model.
+        ValueError: if the checkpoint is of another model, or over weights that are not there.
     """
+    sources = sources_of(checkpoint)
+    module.weights = sources.weights or module.weights
     if isinstance(trainer.strategy, ShardedStrategy):
-        trainer.callbacks.insert(0, InitialWeights(checkpoint))  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, InitialWeights(*sources.checkpoints))  # type: ignore[attr-defined]
         return
     module.trainer = trainer  # the network's precision is the run's
     module.configure_model()
-    stored = load_checkpoint(checkpoint)
-    with module.room_for(stored):
-        weights = module.weights_of(averaged_weights(stored))
-        check_same_shapes(module.state_dict(), weights)
-        module.load_state_dict(weights)
+    for path in sources.checkpoints:
+        stored = load_checkpoint(path)
+        with module.room_for(stored):
+            weights = module.weights_of(averaged_weights(stored), bool(stored.get("trainable_only")))
+            check_same_shapes(module.state_dict(), weights)
+            module.load_state_dict(weights)
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
@@ -155,6 +164,31 @@ def _quieten() -> None:
         "Checkpoint directory",  # a resumed run has one
     ):
         warnings.filterwarnings("ignore", message=".*" + re.escape(message))
+
+
+def _start(given: str | None, checkpoint: Path | None) -> str | None:
+    """The checkpoint whose weights a run starts from, or has started from.
+
+    Args:
+        given: `initialise_from`.
+        checkpoint: that it continues from; None: it is new.
+    """
+    if checkpoint is None:
+        return None if given is None else str(find_checkpoint(given).resolve())
+    stored = read_tree(existing(checkpoint))
+    start: str | None = (stored.get("config") or {}).get("initialise_from")
+    if start is None or not stored.get("trainable_only"):
+        return start
+    try:
+        return str(find_checkpoint(start).resolve())
+    except FileNotFoundError as error:
+        elsewhere = None if given is None else standing(Path(given))
+        if elsewhere is not None and is_complete(elsewhere) and elsewhere.name == Path(start).name:
+            return str(elsewhere.resolve())
+        raise ValueError(
+            f"{lost(checkpoint, start)}; if it has moved, give that checkpoint itself: "
+            f"initialise_from=.../{Path(start).name}"
+        ) from error
 
 
 def _checkpoint_to_resume(resume: str | bool, directory: Path) -> Path | None:

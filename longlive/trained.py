@@ -19,11 +19,8 @@ from longlive.callbacks.ema import averaged_weights
 from longlive.config import instantiate
 from longlive.modules.base import LongLiveModule
 from longlive.modules.roles import with_weights
-from longlive.parallel.checkpoint import (
-    check_same_shapes,
-    find_checkpoint,
-    load_weights_and_config,
-)
+from longlive.parallel.checkpoint import check_same_shapes, find_checkpoint, load_weights_and_config
+from longlive.parallel.sources import sources_under
 
 LORA = "lora"
 """What the adapter of a file is called in its network."""
@@ -108,33 +105,25 @@ def load_module(checkpoint: Mapping[str, Any], path: Path) -> LongLiveModule:
     """The module of a checkpoint, with its averaged weights, in eval mode, on the CPU.
 
     Raises:
-        ValueError: if the checkpoint holds no config, or weights of another network than its config describes.
+        ValueError: if the checkpoint holds no config, or weights of another network than its config describes; or what
+            its run trained alone, over weights that are not there any more.
     """
     if not checkpoint.get("config"):
         raise ValueError(
             f"{path} holds no config, so it does not say what network it is; it was not written by `longlive train`"
         )
-    config, has_all = checkpoint["config"], not checkpoint.get("trainable_only")
-    module: LongLiveModule = instantiate(_in_one_precision(config, **({"weights": None} if has_all else {})))
+    under = sources_under(checkpoint, path)
+    module: LongLiveModule = instantiate(_in_one_precision(checkpoint["config"], weights=under.weights))
     module.configure_model()
-    if not has_all and config.get("initialise_from") is not None:
-        _take(module, _started_from(path, config["initialise_from"]))
+    for source in under.checkpoints:
+        _take(module, load_weights_and_config(source))
     _take(module, checkpoint)
     return module.eval()
 
 
-def _started_from(path: Path, location: str) -> dict[str, Any]:
-    try:
-        return load_weights_and_config(find_checkpoint(location))
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{path} holds what its run trained alone, over the weights of initialise_from={location}, which are not "
-            f"there any more: {error}"
-        ) from error
-
-
 def _take(module: LongLiveModule, checkpoint: Mapping[str, Any]) -> None:
-    weights = module.weights_of(with_weights(averaged_weights(checkpoint), checkpoint.get("bases", {})))
+    stored = with_weights(averaged_weights(checkpoint), checkpoint.get("bases", {}))
+    weights = module.weights_of(stored, bool(checkpoint.get("trainable_only")))
     check_same_shapes(module.state_dict(), weights)
     module.load_state_dict(weights)
 

@@ -9,6 +9,7 @@ comes after it, so this callback is the first.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +27,26 @@ class InitialWeights(Callback):
     """Takes the weights (the average, where there is one) of a checkpoint; step, optimizer and data position stay at 0.
 
     Args:
-        checkpoint: a file or a directory.
+        *checkpoints: files or directories. Each goes over those before it, which it may leave parts of to.
 
     Raises:
-        ValueError: when the fit starts, on every rank, if the checkpoint is of another model.
+        ValueError: when the fit starts, on every rank, if a checkpoint is of another model.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, *checkpoints: Path) -> None:
+        self.checkpoints = checkpoints
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = trainer.strategy
         assert isinstance(strategy, ShardedStrategy)
 
-        if not isinstance(pl_module, LongLiveModule):
-            strategy.checkpoints.load_weights(strategy, self.checkpoint, averaged_weights)
-            return
-        ours = pl_module
+        for path in self.checkpoints:
+            if not isinstance(pl_module, LongLiveModule):
+                strategy.checkpoints.load_weights(strategy, path, averaged_weights)
+                continue
+            with pl_module.room_for(read_tree(existing(path))):
+                strategy.checkpoints.load_weights(strategy, path, partial(_weights, pl_module))
 
-        def weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-            return ours.weights_of(averaged_weights(checkpoint))
 
-        with ours.room_for(read_tree(existing(self.checkpoint))):
-            strategy.checkpoints.load_weights(strategy, self.checkpoint, weights)
+def _weights(module: LongLiveModule, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    return module.weights_of(averaged_weights(checkpoint), bool(checkpoint.get("trainable_only")))

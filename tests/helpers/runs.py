@@ -77,6 +77,21 @@ def run(directory: Path, shards: Path, *more: str) -> Trainer:
     return train(config_of(directory, shards, *more))
 
 
+def distil(directory: Path, initialise_from: Path | None, *more: str, steps: int) -> Trainer:
+    """The tiny distillation in this process, of the tiny run or of another one."""
+    sizes = ("model.num_layers=1", "model.dim=32", "model.ffn_dim=32", "model.num_heads=2")
+    data = ("data.num_frames=8", "data.batch_size=1", "data.height=32", "data.width=32", "data.prompts.num_prompts=4")
+    adapters = ("module.lora.rank=4", "module.lora.alpha=8", "module.student_every=1", "module.guidance=0.0")
+    steps_of_run = (f"trainer.max_steps={steps}", "callbacks.checkpoint.every_n_train_steps=2")
+    quiet = tuple(
+        override for override in TINY if override.startswith(("callbacks.progress", "callbacks.samples", "+"))
+    )
+    on = ("trainer.accelerator=cpu", "precision=32-true", "optimizer.lr=0.05", "learning_rate.num_warmup_steps=0")
+    where = (f"directory={directory}", f"initialise_from={initialise_from or 'null'}")
+    overridden = (*sizes, *data, *adapters, *steps_of_run, *quiet, *on, *where, *more)
+    return train(compose("train", ["experiment=toyworld_distill_4step", *overridden]))
+
+
 def checkpoint(directory: Path, step: int) -> dict[str, Any]:
     """A run's checkpoint, as torch reads it."""
     return torch.load(directory / "checkpoints" / f"step-{step:07d}.ckpt", weights_only=True)
