@@ -9,6 +9,7 @@ heavy is imported before a command is known.
 
 import difflib
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"longlive {name}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+class _Without(logging.Filter):
+    """Leaves out the messages that begin so."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(self.beginning)
+
+
+def _leave_out_torchao() -> None:
+    """Leave out what is logged when torchao is imported, as it is for every run: peft and diffusers import it to know
+    its tensors. It speaks of kernels that a run has not asked for; nvfp4 and fp8 say themselves what they lack."""
+    for name, beginning in (
+        ("torchao", "Failed to load"),  # its libraries for other GPUs, or without one
+        ("torchao.kernel.intmm", "Warning: Detected no triton"),
+        ("torch.utils._pytree", "%s is an Enum subclass"),  # of torch to torchao's authors
+        ("diffusers.quantizers.torchao.torchao_quantizer", "Unable to import `torchao` Tensor objects"),
+    ):
+        logging.getLogger(name).addFilter(_Without(beginning))
+
+
+_leave_out_torchao()  # here, because the processes that `longlive shards` spawns import this module, and run none of it
 
 
 class _CommandLineError(Exception):

@@ -66,6 +66,21 @@ def test_help_lists_the_commands_without_loading_anything_heavy(tmp_path):
     assert done.stdout.endswith("set()\n")
 
 
+def test_what_torchao_says_when_it_is_imported_is_left_out_and_nothing_else(tmp_path):
+    """Three warnings about missing kernels before every run on a machine that needs none of them."""
+    program = """
+        import logging
+        logging.basicConfig()
+        import longlive.cli, longlive.train
+        logging.getLogger("torchao").warning("this layer is not supported")
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "WARNING:torchao:this layer is not supported\n"
+
+
 def test_the_version_is_printed(tmp_path):
     done = longlive("--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "longlive 0.1.0.dev0\n")
