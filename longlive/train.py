@@ -156,7 +156,6 @@ def _save_config(module: LongLiveModule, directory: Path) -> None:
 def _quieten() -> None:
     """Leave out what libraries say of themselves; what they warn of a run stays."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # kernels of other machines that it cannot load
     for message in (
         "`isinstance(treespec, LeafSpec)` is deprecated",  # Lightning's own use of torch
         "Total length of `list` across ranks is zero",  # a run without validation data
