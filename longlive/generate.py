@@ -29,7 +29,7 @@ from rich.table import Table
 from longlive import __version__
 from longlive.adapters.lora_merging import merge_adapter
 from longlive.callbacks.sample_video import slug
-from longlive.codecs.base import VideoCodec, num_raw_frames, to_unit_range
+from longlive.codecs.base import num_raw_frames, to_unit_range
 from longlive.config import check_types, instantiate, to_plain
 from longlive.data.atomic import write_aside
 from longlive.data.contact_sheet import write_contact_sheet
@@ -37,7 +37,8 @@ from longlive.data.prompts import StoryPrompt
 from longlive.data.requests import VideoRequest, read_requests
 from longlive.data.video import open_video
 from longlive.data.video_writer import write_mp4
-from longlive.modules.base import LongLiveModule, codec_device
+from longlive.metrics.first_frame import compare_first_frames
+from longlive.modules.base import LongLiveModule
 from longlive.precision.auto import autocast_context
 from longlive.precision.nvfp4.linear import NVFP4Linear
 from longlive.precision.nvfp4.plugin import NVFP4Precision
@@ -45,7 +46,7 @@ from longlive.precision.nvfp4.recipe import NVFP4Recipe
 from longlive.precision.plugin import LinearPrecision
 from longlive.rollout.engine import ChunkReport
 from longlive.rollout.settings import RolloutSettings
-from longlive.rollout.video import Timings, encode_given, generate_videos, to_uint8
+from longlive.rollout.video import Timings, generate_videos
 from longlive.trained import Trained, load_trained, with_lora
 from longlive.typing import Tensor, UInt8
 
@@ -274,26 +275,6 @@ def warn_of_given_frames(trained: Trained, has_images: bool) -> None:
         log.warning("%s was trained without given frames (module.given_frames=0): images are new to it", trained.path)
     if not has_images and given_frames:
         log.warning("%s was trained to be given its first frame; without image=... it has to make one", trained.path)
-
-
-def compare_first_frames(
-    codec: VideoCodec, files: Sequence[Path], first_frames: Mapping[int, UInt8[Tensor, "1 3 H W"]]
-) -> dict[str, float]:
-    """How near the videos' first frames, as written, are to the images, and how near the codec alone comes to them:
-    mean PSNR in dB."""
-    ours, codecs = [], []
-    for index, image in first_frames.items():
-        with open_video(files[index]) as reader:
-            ours.append(psnr(reader.read([0]), image))
-        latents = encode_given(codec, to_unit_range(image[None]), codec_device(codec))
-        codecs.append(psnr(to_uint8(codec.decode(latents))[0].cpu(), image))
-    return {"psnr": round(sum(ours) / len(ours), 3), "codec_psnr": round(sum(codecs) / len(codecs), 3)}
-
-
-def psnr(pixels: UInt8[Tensor, "1 3 H W"], other: UInt8[Tensor, "1 3 H W"]) -> float:
-    """Peak signal-to-noise ratio in dB; 99 for equal pictures."""
-    error = float((pixels.double() - other.double()).square().mean())
-    return min(99.0, 10 * math.log10(255**2 / error)) if error else 99.0
 
 
 def digest(pixels: UInt8[Tensor, "1 3 H W"]) -> str:
