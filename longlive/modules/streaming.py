@@ -44,7 +44,7 @@ from lightning.pytorch.strategies import Strategy
 
 from longlive.models.visibility import visible_history
 from longlive.modules.conditions import Conditions, Continued
-from longlive.parallel.checkpoint_directory import map_tensors
+from longlive.parallel.checkpoint_directory import TreePath, map_tensors
 from longlive.parallel.rows import of_all_ranks, over_ranks
 from longlive.parallel.strategy import ShardedStrategy
 from longlive.rollout.settings import RolloutSettings
@@ -261,9 +261,16 @@ class Stream:
             ValueError: if it has none of one of them, or is of other settings.
         """
         state = start(int(stored["step"]))
-        # Everybody takes part in this before anybody raises.
-        rows = map_tensors(lambda path, tensor: of_all_ranks(tensor), dict(stored["rows"]))
-        sample_ids, next_chunk = rows.pop("sample_ids").tolist(), int(stored["next_chunk"])
+        rows, next_chunk = dict(stored["rows"]), int(stored["next_chunk"])
+        sample_ids = of_all_ranks(rows.pop("sample_ids")).tolist()
+        mine = [sample_ids.index(sample) for sample in videos.sample_ids if sample in sample_ids]
+
+        def of_this_rank(path: TreePath, tensor: Tensor) -> Tensor:
+            whole = of_all_ranks(tensor)
+            return whole[torch.tensor(mine, dtype=torch.int64, device=whole.device)]
+
+        # Tensor by tensor: whole, they are the caches of all ranks. Everybody takes part before anybody raises.
+        rows = map_tensors(of_this_rank, rows)
         if missing := set(videos.sample_ids) - set(sample_ids):
             raise ValueError(
                 f"the checkpoint is in the middle of a stream of the samples {sample_ids}, and the next batch holds "
@@ -277,8 +284,6 @@ class Stream:
                 f"{rows['tables'].shape[1]} chunks; here clips have {self.settings.clip_frames} frames, and the window "
                 f"{slots} chunks. Continue with the settings of that run, or from a checkpoint between two streams"
             )
-        mine = [sample_ids.index(sample) for sample in videos.sample_ids]
-        rows = map_tensors(lambda path, tensor: tensor[torch.tensor(mine, device=tensor.device)], rows)
         for layer, tensors in zip(state.cache.layers, rows["layers"], strict=True):
             layer.load(tensors)
         tables: list[list[int]] = rows["tables"].tolist()

@@ -3,6 +3,7 @@ goes on in the middle of one."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -20,6 +21,7 @@ from helpers.runs import assert_same, fake_batches, fit
 from helpers.wan_float64 import wan_velocity
 from longlive.data.prompt_batches import PromptBatch
 from longlive.models.visibility import VisibilityRule, visible_history
+from longlive.modules import streaming
 from longlive.modules.conditions import Conditions
 from longlive.modules.distillation import DistillationModule
 from longlive.modules.streaming import StreamingSettings
@@ -325,6 +327,27 @@ def test_a_checkpoint_of_a_run_that_has_not_gone_on_yet_keeps_the_stream(make: M
     again: dict[str, Any] = {"state_dict": {}}
     module.on_save_checkpoint(again)
     assert_same(again["stream"], stored["stream"])
+
+
+def test_a_rank_holds_one_tensor_of_all_ranks_at_a_time(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caches of all ranks, on every rank, do not fit in its memory."""
+    fit(make(), batches(2)).save_checkpoint(tmp_path / "first.ckpt")
+    gathered: list[weakref.ref[Tensor]] = []
+
+    def whole(rows: Tensor) -> Tensor:
+        assert not any(each() is not None for each in gathered)
+        gathered.append(weakref.ref(made := rows.clone()))
+        return made
+
+    monkeypatch.setattr(streaming, "of_all_ranks", whole)
+    with pytest.raises(ValueError, match=r"the next batch holds \[2, 3\]"):
+        fit(make(), [batch(1)], checkpoint=tmp_path / "first.ckpt", max_steps=3, max_epochs=5)
+    refused = len(gathered)
+    trainer = fit(make(), [batch(0)], checkpoint=tmp_path / "first.ckpt", max_steps=3, max_epochs=5)
+    assert trainer.global_step == 3
+    assert len(gathered) == 2 * refused > 2 * 4, "a rank that refuses its samples left the others waiting"
 
 
 def test_frames_are_given_to_the_first_clip_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
