@@ -99,7 +99,7 @@ def instantiate(config: DictConfig, *args: object, **kwargs: object) -> Any:
     where = config._get_full_key(None) or "the config"
     if "_target_" not in config:
         raise ValueError(f"{where} has no _target_, so it describes no object; its keys are {sorted(map(str, config))}")
-    _check_arguments(config, given=kwargs)
+    check_arguments(config, given=kwargs)
     try:
         return hydra_instantiate(config, *args, _convert_="all", **kwargs)
     except InstantiationException as error:
@@ -112,6 +112,43 @@ def instantiate(config: DictConfig, *args: object, **kwargs: object) -> Any:
             raise ValueError(f"{where}: {cause}") from error
         cause.add_note(f"This was raised while {where} was instantiated.")
         raise cause from None
+
+
+def check_arguments(config: object, given: Collection[str] = ()) -> None:
+    """Refuse, in all of a tree, arguments that a target does not take, and values of another type.
+
+    Python would notice the first when it is called, which may be after hours (`_partial_`), and the second when it
+    computes, without the setting's name. `instantiate` calls it.
+
+    Args:
+        config: a node, or a scalar, in which there is nothing to refuse.
+        given: names of the node that are not looked at.
+
+    Raises:
+        ValueError: names the setting's key.
+    """
+    if isinstance(config, ListConfig):
+        for value in config:
+            check_arguments(value)
+    if not isinstance(config, DictConfig):
+        return
+    names = [str(name) for name in config if name not in given and not OmegaConf.is_missing(config, name)]
+    if "_target_" in names:
+        parameters = _parameters_of(config._target_)
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            _check_known(config, [name for name in names if name not in parameters and not name.startswith("_")])
+        # `size: int = None`, as in older libraries, takes None.
+        optional = {name for name, parameter in parameters.items() if parameter.default is None}
+        check_types(
+            config,
+            {
+                name: parameters[name].annotation
+                for name in names
+                if name in parameters and not (name in optional and config[name] is None)
+            },
+        )
+    for name in names:
+        check_arguments(config[name])
 
 
 def check_types(settings: DictConfig, annotations: Mapping[str, Any]) -> None:
@@ -223,36 +260,6 @@ def _type_names(annotation: object) -> list[str]:
         return [name.strip() for name in annotation.split("|")]
     parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return [getattr(part, "__name__", "") if get_origin(part) is None else "" for part in parts]
-
-
-def _check_arguments(config: object, given: Collection[str] = ()) -> None:
-    """Refuse, in all of a tree, arguments that a target does not take, and values of another type.
-
-    Python would notice the first when it is called, which may be after hours (`_partial_`), and the second when it
-    computes, without the setting's name.
-    """
-    if isinstance(config, ListConfig):
-        for value in config:
-            _check_arguments(value)
-    if not isinstance(config, DictConfig):
-        return
-    names = [str(name) for name in config if name not in given and not OmegaConf.is_missing(config, name)]
-    if "_target_" in names:
-        parameters = _parameters_of(config._target_)
-        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-            _check_known(config, [name for name in names if name not in parameters and not name.startswith("_")])
-        # `size: int = None`, as in older libraries, takes None.
-        optional = {name for name, parameter in parameters.items() if parameter.default is None}
-        check_types(
-            config,
-            {
-                name: parameters[name].annotation
-                for name in names
-                if name in parameters and not (name in optional and config[name] is None)
-            },
-        )
-    for name in names:
-        _check_arguments(config[name])
 
 
 def _parameters_of(target: str) -> Mapping[str, inspect.Parameter]:

@@ -36,6 +36,15 @@ def test_these_are_all() -> None:
     assert set(CLIPS) == {path.stem for path in (config_directory() / "clip").glob("*.yaml")}
 
 
+def test_a_strategy_that_shares_no_clips_is_told_what_to_leave_out() -> None:
+    """Clips say how many GPUs share them."""
+    settings = ["experiment=wan5b_teacher_forcing", "data.global_batch_size=32", "strategy=fsdp"]
+    with pytest.raises(ValueError, match=r"'sequence_parallel_size'; .* left out by (~\S+)$") as refused:
+        make_plan(compose("train", settings), Machine(32))
+    plan = make_plan(compose("train", [*settings, str(refused.value).split()[-1]]), Machine(32))
+    assert (plan.strategy, plan.sequence_size) == ("ShardedStrategy", 1)
+
+
 def cases() -> list[tuple[str, str, str]]:
     """Every experiment in every length and in every precision: the two touch no common setting, so not all pairs."""
     clips = list(CLIPS)

@@ -51,6 +51,9 @@ def test_the_command_refuses_in_one_line_and_says_what_does_not_fit(capsys: pyte
     assert capsys.readouterr().err == "longlive doctor plan: pre_encoded=maybe is neither true nor false\n"
     assert doctor.main(["plan", "num_gpus=1", "data.num_framse=8"]) == 1
     assert "did you mean data.num_frames" in capsys.readouterr().err
+    for setting in ("data.batch_size", "trainer.accumulate_grad_batches", "model.num_layers"):
+        assert doctor.main(["plan", "num_gpus=1", f"{setting}=two"]) == 1
+        assert capsys.readouterr().err == f"longlive doctor plan: {setting}='two' is no int\n"
     assert doctor.main(["plan", "num_gpus=1", "device=cpu", "gpu_memory=0.01", "experiment=quickstart"]) == 2
     assert "more than gpu_memory=0.01 GiB. Training takes most" in capsys.readouterr().out
 

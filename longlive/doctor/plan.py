@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from longlive.callbacks.ema import EMA
 from longlive.callbacks.sample_video import SampleVideo
 from longlive.codecs.base import VideoCodec
-from longlive.config import instantiate
+from longlive.config import check_arguments, instantiate
 from longlive.doctor.plan_codec import EncodeCost, FrameFlops, count_frame_flops, encode_cost, no_encode
 from longlive.doctor.plan_config import (
     Machine,
@@ -165,6 +165,8 @@ def make_plan(config: DictConfig, machine: Machine, pre_encoded: bool = False) -
     Raises:
         ValueError: if the run could not work; mostly in the run's own words.
     """
+    for part in (config.data, config.trainer):  # which are not built here
+        check_arguments(part)
     strategy = strategy_of(config.strategy)
     if isinstance(strategy, ShardedStrategy):
         size = strategy.sequence_parallel_size or machine.ranks_per_node
