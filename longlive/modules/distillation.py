@@ -35,7 +35,7 @@ from longlive.data.position import PositionDataModule
 from longlive.data.prompt_batches import PromptBatch, PromptDataModule
 from longlive.models.visibility import Role
 from longlive.modules.base import OptimizerFactory
-from longlive.modules.conditions import Conditions
+from longlive.modules.conditions import Conditions, given_frames, latent_shape
 from longlive.modules.roles import CRITIC, STUDENT, RoleName, RolesModule
 from longlive.modules.streaming import PURPOSE as STREAM
 from longlive.modules.streaming import Stream, StreamingSettings
@@ -51,7 +51,6 @@ from longlive.objectives.dmd import (
     student_loss,
 )
 from longlive.objectives.pieces import HeldPieces
-from longlive.parallel.collectives import gather_parts
 from longlive.parallel.layout import check_rollout
 from longlive.rollout.state import RolloutState
 from longlive.rollout.student import Clip, StudentRollout
@@ -144,9 +143,12 @@ class DistillationModule(RolesModule):
             )
 
     def check_data(self, data: PositionDataModule) -> None:
-        """Raise the `ValueError` for data without the frames that are given, or of other videos than streams."""
-        if self.given_frames and isinstance(data, PromptDataModule):
-            raise ValueError(f"given_frames={self.given_frames}, but the data holds prompts alone; train on clips")
+        """Raise the `ValueError` for data without the frames that are given, or of other videos than streams, or than
+        the codec has."""
+        if isinstance(data, PromptDataModule):
+            if self.given_frames:
+                raise ValueError(f"given_frames={self.given_frames}, but the data holds prompts alone; train on clips")
+            self.codec.check_size(data.height, data.width)
         if self.stream is None:
             super().check_data(data)
         else:
@@ -337,22 +339,16 @@ class DistillationModule(RolesModule):
         """What a batch asks for.
 
         Raises:
-            ValueError: if frames are to be given, and the batch has none.
+            ValueError: if frames are to be given, and the batch has none; or for videos of a size that the codec has
+                not.
         """
         known = batch.prompt_embeds if isinstance(batch, VideoBatch) else None
         prompt_embeds, prompt_index = self.embed(batch.prompts, known)
-        codec, given, counts = self.codec, None, torch.ones(batch.batch_size, dtype=torch.bool)
+        given, counts, shape = None, torch.ones(batch.batch_size, dtype=torch.bool), latent_shape(self.codec, batch)
         if isinstance(batch, VideoBatch):
-            latents = self.encode(batch)
-            shape = (latents.shape[2], latents.shape[3], latents.shape[4])
-            given = latents[:, : self.given_frames] if self.given_frames else None
-            if given is not None and self.sequence.group is not None:
-                given = gather_parts(given, self.sequence.group)[0]  # the first rank has the first frames
-            counts = self.agreed(batch)
+            given, counts = given_frames(self, batch, self.given_frames), self.agreed(batch)
         elif self.given_frames:
             raise ValueError(f"given_frames={self.given_frames}, but the batch holds prompts alone; train on clips")
-        else:
-            shape = (codec.latent_channels, batch.height // codec.spatial_ratio, batch.width // codec.spatial_ratio)
         ids = tuple(batch.sample_ids.tolist())
         return Conditions(prompt_embeds, prompt_index, batch.shot_index, ids, shape, given, counts)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from helpers.runs import MemoryLogger, assert_same, fake_batches, fit, tiny_modu
 from longlive.adapters.lora import adapter_parameters
 from longlive.callbacks.ema import EMA, averaged_weights
 from longlive.callbacks.loss_breakdown import LossBreakdown
-from longlive.data.prompt_batches import PromptBatch
+from longlive.codecs.dct import DCTCodec
+from longlive.data.prompt_batches import PromptBatch, PromptDataModule
 from longlive.diffusion.schedule import FlowSchedule
 from longlive.modules.distillation import DistillationModule
 from longlive.rollout.settings import RolloutSettings
@@ -283,6 +285,53 @@ def test_image_to_video_trains_on_clips_whose_first_frame_is_given(make: MakeDis
     assert trainer.global_step == 2
     with pytest.raises(ValueError, match="given_frames=1, but the batch holds prompts alone"):
         fit(module, [batch()])
+
+
+class Counting(DCTCodec):
+    """Knows how many raw frames it has encoded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: list[int] = []
+
+    def encode(self, video: Tensor) -> Tensor:
+        self.encoded.append(video.shape[1])
+        return super().encode(video)
+
+
+@pytest.mark.parametrize(("given", "num_raw_frames"), [(0, []), (1, [1]), (3, [9])])
+def test_of_clips_the_raw_frames_of_given_frames_alone_are_encoded(
+    make: MakeDistillation, given: int, num_raw_frames: list[int]
+) -> None:
+    """An encode of whole clips takes as long as a step, and nothing looks at the rest."""
+    module = make(given_frames=given, codec=Counting())
+    pixels = torch.randint(256, (2, 45, 3, 32, 48), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    clips = replace(fake_batches(1, num_frames=CHUNKS * FRAMES)[0], latents=None, raw_frames=pixels)
+    conditions = module.conditions(clips)
+    assert module.codec.encoded == num_raw_frames
+    whole = module.encode(clips)
+    assert conditions.latent_shape == tuple(whole.shape[2:]) == (16, 4, 6)
+    if given:
+        assert torch.equal(conditions.given, whole[:, :given])
+    else:
+        assert conditions.given is None
+    with pytest.raises(ValueError, match=r"41 raw frames; its 3 chunks of 4 frames are of 45$"):
+        module.conditions(replace(clips, raw_frames=pixels[:, :41]))
+    with pytest.raises(ValueError, match=r"height=28, width=48 are no multiples of .* use 24, 48"):
+        module.conditions(replace(clips, raw_frames=pixels[..., :28, :]))
+
+
+def test_videos_that_the_codec_cannot_make_are_refused_before_there_is_a_network() -> None:
+    """They were trained on at the next smaller size."""
+    module = tiny_module(DistillationModule, critic_optimizer=partial(SGD, lr=0.1), rollout=ROLLOUT)
+    data = PromptDataModule(["red"], num_frames=CHUNKS * FRAMES, chunk_frames=FRAMES, height=22, width=32)
+    refused = r"height=22, width=32 are no multiples of the codec's spatial_ratio=8; use 16, 32"
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1)
+    with pytest.raises(ValueError, match=refused):
+        trainer.fit(module, datamodule=data)
+    assert module.network is None
+    with pytest.raises(ValueError, match=refused):
+        module.conditions(replace(batch(), height=22))
 
 
 @pytest.mark.parametrize(

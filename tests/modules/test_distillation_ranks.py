@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD
@@ -20,6 +21,8 @@ from helpers.distributed import run_on_ranks
 from helpers.noisy import Noisy
 from helpers.runs import assert_same, fit, tiny_module
 from longlive.adapters.lora import LoRASettings
+from longlive.codecs.base import to_unit_range
+from longlive.codecs.dct import DCTCodec
 from longlive.data.batch import BatchSpec, VideoBatch
 from longlive.data.prompt_batches import PromptBatch, PromptDataModule
 from longlive.models.wan.config import WanConfig
@@ -254,11 +257,46 @@ class Split(DistillationModule):
         return self.share
 
 
-def split(rank: int, size: int, layout: MakeLayout = balanced_layout, heads: int = 4) -> DistillationModule:
-    module = make_module("prompts", Split, model=WanConfig.tiny(num_layers=1, dim=48, ffn_dim=32, num_heads=heads))
+def split(
+    rank: int,
+    size: int,
+    layout: MakeLayout = balanced_layout,
+    heads: int = 4,
+    group: dist.ProcessGroup | None = None,
+    **changes: Any,
+) -> DistillationModule:
+    model = WanConfig.tiny(num_layers=1, dim=48, ffn_dim=32, num_heads=heads)
+    module = make_module("prompts", Split, model=model, **changes)
     assert isinstance(module, Split)
-    module.share = SequenceShare(rank, size, None, layout)
+    module.share = SequenceShare(rank, size, group, layout)
     return module
+
+
+def given_here(pixels: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The given frames of clips of which this rank has its window alone, and what it has encoded."""
+    encoded: list[int] = []
+
+    class Counting(DCTCodec):
+        def encode(self, video: Tensor) -> Tensor:
+            encoded.append(video.shape[1])
+            return super().encode(video)
+
+    module = split(dist.get_rank(), dist.get_world_size(), group=dist.group.WORLD, given_frames=2, codec=Counting())
+    clips = make_batch("clips", 0)
+    window = module.clip_window(SPEC.num_frames)
+    assert window is not None
+    mine = pixels[:, window.start : window.stop]
+    batch = replace(clips, latents=None, raw_frames=mine, frame_offset=window.frame_offset)
+    return module.conditions(batch).given, tuple(encoded)
+
+
+def test_the_first_rank_encodes_the_given_frames_for_all() -> None:
+    pixels = torch.randint(256, (2, 61, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    expected = DCTCodec().encode(to_unit_range(pixels))[:, :2]
+    for size in (2, 4):
+        for rank, (given, encoded) in enumerate(run_on_ranks(partial(given_here, pixels), size)):
+            assert torch.equal(given, expected)
+            assert encoded == (() if rank else (5,))
 
 
 def test_tokens_have_the_same_numbers_whichever_rank_has_them() -> None:
