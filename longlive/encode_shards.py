@@ -18,6 +18,7 @@ import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.multiprocessing import ProcessRaisedException
 
 from longlive.callbacks.provenance import versions
 from longlive.codecs.base import VideoCodec, to_unit_range
@@ -26,6 +27,7 @@ from longlive.data.datamodule import VideoDataModule
 from longlive.data.latent_shards import LatentShards, Share, VideoShards
 from longlive.data.latents import LatentSettings
 from longlive.data.shard_index import ShardIndex
+from longlive.data.sources import UnreadableClipError
 from longlive.text.base import TextEncoder, TokenEmbeds, without_padding
 from longlive.typing import Float, Tensor, UInt8
 
@@ -155,19 +157,27 @@ def _open(config: DictConfig, device: torch.device) -> tuple[LatentShards, Video
 
 
 def _in_processes(config: DictConfig, show: Callable[[int], None]) -> None:
-    """Run the task's processes to their end; an error of one ends all."""
+    """Run the task's processes to their end; an error of one ends all, and an unreadable clip's is raised as it is."""
     num_processes = config.encode.num_processes
-    num_clips: Any = multiprocessing.get_context("spawn").Array("q", num_processes)
+    spawn = multiprocessing.get_context("spawn")
+    num_clips: Any = spawn.Array("q", num_processes)
+    unreadable = spawn.SimpleQueue()
+    arguments = (to_plain(config), num_clips, unreadable)
     context = torch.multiprocessing.start_processes(
-        _process, args=(to_plain(config), num_clips), nprocs=num_processes, join=False, start_method="spawn"
+        _process, args=arguments, nprocs=num_processes, join=False, start_method="spawn"
     )
     assert context is not None
-    while not context.join(timeout=POLL_SECONDS):
-        show(sum(num_clips))
+    try:
+        while not context.join(timeout=POLL_SECONDS):
+            show(sum(num_clips))
+    except ProcessRaisedException as error:
+        if unreadable.empty():
+            raise
+        raise UnreadableClipError(*unreadable.get()) from error
     show(sum(num_clips))
 
 
-def _process(process: int, config: dict[str, Any], num_clips: Any) -> None:
+def _process(process: int, config: dict[str, Any], num_clips: Any, unreadable: Any) -> None:
     """One of them."""
     settings = OmegaConf.create(config)
     device = _device(settings.encode.device, settings.encode.first_gpu + process)
@@ -180,7 +190,11 @@ def _process(process: int, config: dict[str, Any], num_clips: Any) -> None:
     def advance(clips: int) -> None:
         num_clips[process] += clips
 
-    _encode(settings, shards, encoder, task.split(settings.encode.num_processes)[process], advance)
+    try:
+        _encode(settings, shards, encoder, task.split(settings.encode.num_processes)[process], advance)
+    except UnreadableClipError as error:
+        unreadable.put((error.key, error.reason))
+        raise
 
 
 @contextmanager
