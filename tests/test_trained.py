@@ -4,14 +4,17 @@ for who resumes it, starts from it, or reads it."""
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.distributed import run_on_ranks
 from helpers.runs import assert_same, checkpoint, distil, run, write_toyworld
 from longlive.adapters.lora import base_name
 from longlive.models.wan.weights import save_weights
+from longlive.parallel.checkpoint import is_trainable_only
 from longlive.trained import load_trained
 from longlive.typing import Tensor
 
@@ -154,3 +157,27 @@ def test_adapters_over_initial_weights_start_no_other_run(tmp_path: Path) -> Non
     assert_same(dict(load_trained(tmp_path / "first").module.state_dict()), whole)
     with pytest.raises(ValueError, match=r"step-0000002\.ckpt holds what its run trained alone, over initial weights"):
         distil(tmp_path / "second", tmp_path / "first", steps=2)
+
+
+def distil_on_ranks(stage_one: Path, directory: Path) -> None:
+    """A part is stored, which then starts another run and is gone on from; these store all that they have."""
+    common = ("strategy=fsdp", "trainer.devices=2", "module.role_precision={student: nvfp4}")
+    distil(directory / "first", stage_one, *common, "strategy.checkpoints.trainable_only=true", steps=2)
+    distil(directory / "second", directory / "first", *common, "seed=5", "optimizer.lr=0", steps=2)
+    distil(directory / "first", None, *common, steps=4)
+
+
+def test_sharded_runs_start_from_a_part_and_go_on_from_it_too(stage_one: Path, tmp_path: Path) -> None:
+    run_on_ranks(partial(distil_on_ranks, stage_one, tmp_path), 2, init_process_group=False)
+    expected = base_of(dict(load_trained(stage_one).module.state_dict()))
+    part = tmp_path / "first" / "checkpoints" / "step-0000002.ckpt"
+    read = {
+        path: dict(load_trained(path).module.state_dict()) for path in (part, tmp_path / "first", tmp_path / "second")
+    }
+    for path, weights in read.items():
+        # A packed network holds the layers beside its codes in bfloat16.
+        torch.testing.assert_close(base_of(weights), expected, atol=0, rtol=0 if path == part else 2**-8)
+    assert is_trainable_only(part)
+    student = [name for name in read[part] if ".student." in name]
+    first, second = ({name: read[path][name] for name in student} for path in (part, tmp_path / "second"))
+    assert_same(second, first)

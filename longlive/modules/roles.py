@@ -16,7 +16,8 @@ its products read (`precision.frozen`): in NVFP4 codes alone, in bfloat16 no flo
 **Weights.** A base is a function of the weights of stage 1 and its precision. Those from a file (`weights`) and those
 from a run (`initialise_from`) arrive as they are stored, and every base makes of them what it holds. A checkpoint has
 every base as it is held, so a base that roles share is there once, codes are codes, and a resumed run has the very same
-numbers. What was trained in one set of bases continues in another by `initialise_from`: `spread` finds its weights.
+numbers. What was trained in one set of bases continues in another by `initialise_from`: `spread` finds its weights,
+and no base keeps initial ones beside them.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class ShardedCheckpoints:
 
     Args:
         trainable_only: leave out parameters that are not trained. Who loads such a checkpoint has them already, from
-            `weights`.
+            where its run has had them (`sources.py`).
         asynchronous: copy this rank's part to host memory and write it while training goes on. At most one write is
             under way: the next save, a load and `wait` wait for it, and raise what it raised.
     """
