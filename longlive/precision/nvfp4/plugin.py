@@ -4,14 +4,19 @@ is.
 Random bits of stochastic rounding come from a clock that all layers share. This plugin keeps it: the seed is the run's,
 the step is the Trainer's when a backward begins (nothing is drawn earlier), and the rank's place among the others is
 read when Lightning connects the plugin. A resumed run and one that was never interrupted draw the same.
+
+The error of NVFP4 in a loss does not shrink with the loss. So the last steps may multiply in bfloat16
+(`keep_last_steps_bf16`): the network settles on what it will be rolled out in. (arXiv 2509.25149 ends its training so,
+with the forward products alone; here the two came out alike.) These steps take bfloat16's memory and time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from longlive.parallel.mesh import DATA
@@ -33,10 +38,12 @@ class NVFP4Precision(LinearPrecision):
         backend: `emulated`, `transformer_engine`, `torchao`, or `auto`, the best that runs here and computes the
             recipe.
         layers, keep_last_blocks_bf16: see `LayerSelection`.
+        keep_last_steps_bf16: share of the Trainer's `max_steps`, the last ones, in which all layers multiply in
+            bfloat16. Such a run is for rollouts in bfloat16.
         seed: of the random bits; the run's.
 
     Raises:
-        ValueError: for an unknown backend, or one that is asked for and cannot run here.
+        ValueError: for an unknown backend, or one that is asked for and cannot run here; for a share outside [0, 1).
     """
 
     precision = "nvfp4"
@@ -49,11 +56,17 @@ class NVFP4Precision(LinearPrecision):
         backend: str = "auto",
         layers: Sequence[str] = BLOCK_LINEARS,
         keep_last_blocks_bf16: float = 0.0,
+        keep_last_steps_bf16: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__(multiple=MULTIPLE, layers=layers, keep_last_blocks_bf16=keep_last_blocks_bf16)
         if backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend={backend!r} is unknown; use auto, {', '.join(BACKENDS)}")
+        if not 0 <= keep_last_steps_bf16 < 1:
+            raise ValueError(
+                f"keep_last_steps_bf16={keep_last_steps_bf16} must be at least 0 and below 1: a share of the steps"
+            )
+        self.keep_last_steps_bf16 = keep_last_steps_bf16
         self.recipe = recipe or NVFP4Recipe()
         self.asked_for = backend
         if backend != "auto":
@@ -61,6 +74,7 @@ class NVFP4Precision(LinearPrecision):
         self.backend: Backend | None = None
         """Chosen when there are layers, for they say whether weights learn."""
         self.clock = StepClock(seed)
+        self._trainer: Trainer | None = None
 
     @property
     def backend_name(self) -> str:
@@ -68,7 +82,7 @@ class NVFP4Precision(LinearPrecision):
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        return (self.recipe, self.asked_for, self.selection, self.clock.seed)
+        return (self.recipe, self.asked_for, self.selection, self.keep_last_steps_bf16, self.clock.seed)
 
     def replace(self, module: nn.Module, layers: Sequence[Layer]) -> None:
         backend = self._backend_of([module.get_submodule(layer.name) for layer in layers])
@@ -89,14 +103,33 @@ class NVFP4Precision(LinearPrecision):
             layer.backend_state.clear()
 
     def freeze(self, module: nn.Module) -> None:
-        """Drop the master weights of frozen layers: 0.5625 bytes per weight stay."""
+        """Drop the master weights of frozen layers: 0.5625 bytes per weight stay.
+
+        Raises:
+            ValueError: if these weights are wanted in bfloat16 later.
+        """
+        if self.keep_last_steps_bf16:
+            raise ValueError(
+                f"keep_last_steps_bf16={self.keep_last_steps_bf16} needs the weights that frozen layers in NVFP4 drop; "
+                "use 0 for them"
+            )
         for layer in module.modules():
             if isinstance(layer, NVFP4Linear) and self.recipe.weights is not None:
                 layer.materialize()
 
     def connect(self, model: nn.Module, optimizers: list, lr_schedulers: list) -> tuple[nn.Module, list, list]:
-        """Lightning has built everything: read which of the ranks this is."""
+        """Lightning has built everything: read which of the ranks this is.
+
+        Raises:
+            ValueError: for a share of steps whose number is unknown.
+        """
         trainer = next(module for module in model.modules() if isinstance(module, LightningModule)).trainer
+        if self.keep_last_steps_bf16 and trainer.max_steps < 1:
+            raise ValueError(
+                f"keep_last_steps_bf16={self.keep_last_steps_bf16} is a share of trainer.max_steps, which is "
+                f"{trainer.max_steps}; set it to the number of steps"
+            )
+        self._trainer = trainer
         self.clock.stream, self.clock.reduce = trainer.global_rank, None
         if isinstance(trainer.strategy, ShardedStrategy):
             # Ranks of a sequence group share the tokens of their clips, and so a stream.
@@ -104,6 +137,14 @@ class NVFP4Precision(LinearPrecision):
             group = trainer.strategy.sequence.group
             self.clock.reduce = None if group is None else largest_over(group)
         return super().connect(model, optimizers, lr_schedulers)
+
+    @contextmanager
+    def forward_context(self) -> Generator[None, None, None]:
+        if self.keep_last_steps_bf16 and self._trainer is not None:
+            first = (1 - self.keep_last_steps_bf16) * self._trainer.max_steps
+            self.clock.over = self._trainer.global_step >= first
+        with super().forward_context():
+            yield
 
     def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:  # type: ignore[override]
         self.begin_backward(module.global_step)

@@ -81,13 +81,17 @@ def warn_of_bias(rule: str) -> None:
 
 
 class StepClock:
-    """What random bits depend on besides the layer. Shared by all layers of a run, and advanced by who trains.
+    """What random bits depend on besides the layer, and whether it is still time for NVFP4. Shared by all layers of a
+    run, and advanced by who trains.
 
     Args:
         seed: the run's seed.
         stream: tells ranks apart whose tokens have no common numbering: the data-parallel rank, or the global one.
         reduce: the elementwise largest of a float32 tensor over the ranks that share a clip (`largest_over`); read only
             with `NVFP4Recipe.reduce_amax`. None: this process is alone.
+
+    Attributes:
+        over: the steps in NVFP4 are over: layers multiply as they would without it.
     """
 
     def __init__(self, seed: int = 0, *, stream: int = 0, reduce: Reduce | None = None) -> None:
@@ -95,6 +99,7 @@ class StepClock:
         self.stream = stream
         self.reduce = reduce
         self.step = 0
+        self.over = False
         self._positions: Tensor | int = 0
         self._draws: Counter[str] = Counter()
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import nn
@@ -78,7 +79,7 @@ def train(
     stage: type[TeacherForcingModule] = TeacherForcingModule,
     save: Path | None = None,
     checkpoint: Path | None = None,
-    precision: NVFP4Precision | None = None,
+    precision: Precision | None = None,
     weights: Path | None = None,
     learning_rate: float = 0.01,
     **sharding: Any,
@@ -128,6 +129,36 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, strategy, num_rank
         assert_same(through["losses"][2:], resumed["losses"])
         assert_same(through["weights"], resumed["weights"])
         assert_same(through["average"], resumed["average"])
+
+
+def test_the_last_steps_are_those_of_bfloat16(tmp_path):
+    """As if the run had gone on in another precision, bit for bit; also where it is interrupted among them."""
+    through = train(range(4), save=tmp_path / "two.ckpt", precision=ending_in_bfloat16(0.5))
+    train(range(2), save=tmp_path / "nvfp4.ckpt")
+    other = train(range(2, 4), checkpoint=tmp_path / "nvfp4.ckpt", precision=MixedPrecision("bf16-mixed", "cpu"))
+    resumed = train(range(2, 4), checkpoint=tmp_path / "two.ckpt", precision=ending_in_bfloat16(0.5))
+    low = train(range(4))
+    for run in (other, resumed):
+        assert_same(through["losses"][2:], run["losses"])
+        assert_same(through["weights"], run["weights"])
+    assert through["losses"][:2] == low["losses"][:2]
+    assert through["losses"][2] != low["losses"][2]
+
+
+def ending_in_bfloat16(share: float) -> NVFP4Precision:
+    return NVFP4Precision(seed=1, keep_last_steps_bf16=share)
+
+
+def test_last_steps_that_cannot_be_in_bfloat16_are_refused():
+    with pytest.raises(ValueError, match=r"keep_last_steps_bf16=1\.0 must be at least 0 and below 1"):
+        ending_in_bfloat16(1.0)
+    network = CausalWan(MODEL).requires_grad_(False)
+    plugin = ending_in_bfloat16(0.5)
+    plugin.convert_module(network)
+    with pytest.raises(ValueError, match=r"keep_last_steps_bf16=0\.5 needs the weights that frozen layers"):
+        plugin.freeze(network)
+    with pytest.raises(ValueError, match=r"a share of trainer\.max_steps, which is -1"):
+        fit(tiny_module(TeacherForcingModule, model=MODEL), fake_batches(1), max_steps=-1, plugins=[plugin])
 
 
 @pytest.fixture(scope="module")
