@@ -293,7 +293,7 @@ def precision_of(trained: Trained, config: DictConfig) -> tuple[Precision | str,
     """
     packing = trained.packing
     if packing is not None and config.precision.get("precision") == "auto":
-        recipe, layers = NVFP4Recipe(weights=packing.rule), packing.layers
+        recipe, layers = NVFP4Recipe(weights=packing.rule, weight_tiles=packing.tiles), packing.layers
         kept = packing.keep_last_blocks_bf16
         nvfp4 = NVFP4Precision(recipe=recipe, layers=layers, keep_last_blocks_bf16=kept, seed=config.seed)
         return nvfp4, {

@@ -40,6 +40,7 @@ def files(trained, tmp_path_factory) -> dict[str, Path]:
         "nvfp4": ["format=nvfp4"],
         "nvfp4_fp32": ["format=nvfp4", "format.others=fp32"],
         "mse": ["format=nvfp4", "format.others=fp32", "format.rule=mse", "format.layers=['blocks.*.ffn.[02]']"],
+        "rows": ["format=nvfp4", "format.others=fp32", "format.tiles=false"],
     }
     for name, settings in choices.items():
         make(trained, folder / f"{name}.safetensors", *settings)
@@ -95,6 +96,12 @@ def test_with_the_rest_in_bf16_it_is_that_of_the_checkpoint_whose_rest_is_rounde
     expected = latents(path, "precision=nvfp4")
     assert torch.equal(latents(files["nvfp4"]), expected)
     assert not torch.equal(latents(trained, "precision=nvfp4"), expected)
+
+
+def test_rows_of_a_file_may_have_scales_of_their_own(files, trained, latents):
+    expected = latents(trained, "precision=nvfp4", "precision.recipe.weight_tiles=false")
+    assert torch.equal(latents(files["rows"]), expected)
+    assert not torch.equal(latents(files["nvfp4_fp32"]), expected)
 
 
 def test_rule_and_layers_are_those_of_the_file(files, trained, latents):

@@ -101,6 +101,7 @@ class NVFP4Format(ExportFormat):
 
     Args:
         rule: how scales are chosen, one of format.RULES.
+        tiles: whether 16x16 weights share a scale, as in training; without, 1x16 do, which is more exact.
         layers, keep_last_blocks_bf16: which layers are packed, as the precision plugin chooses (`LayerSelection`).
         others: `bf16` or `fp32`, the dtype of all other tensors. `fp32` keeps norms, modulation and the timestep's
             layers, which compute in float32, as they were trained.
@@ -116,6 +117,7 @@ class NVFP4Format(ExportFormat):
         self,
         *,
         rule: str = "static_6",
+        tiles: bool = True,
         layers: Sequence[str] = BLOCK_LINEARS,
         keep_last_blocks_bf16: float = 0.0,
         others: str = "bf16",
@@ -125,7 +127,7 @@ class NVFP4Format(ExportFormat):
         self.selection = LayerSelection(MULTIPLE, tuple(layers), keep_last_blocks_bf16)
         self.rule = rule
         self.others = stored_dtype("others", others)
-        self.tiles = True
+        self.tiles = tiles
 
     def tensors(self, network: nn.Module, weights: Weights) -> Iterator[dict[str, Tensor]]:
         chosen = {layer.name for layer in self.selection.of(network, NVFP4Linear) if layer.reason is None}
@@ -138,14 +140,15 @@ class NVFP4Format(ExportFormat):
                     f"{layer} is packed with rule={codes.rule}, and the file would have rule={self.rule} in the layers "
                     f"{', '.join(self.selection.layers)}; give the rule and the layers of what is packed"
                 )
-        self.tiles = all(codes.tiles for codes in given.values())
+        if given:
+            self.tiles = all(codes.tiles for codes in given.values())
         for name, weight in weights.items():
             layer = name.removesuffix(".weight")
             if layer == name or layer not in chosen:
                 assert isinstance(weight, Tensor)
                 yield {name: weight.detach().to(self.others)}
                 continue
-            codes = weight if isinstance(weight, QuantisedTensor) else quantise(weight, self.rule, tiles=True)
+            codes = weight if isinstance(weight, QuantisedTensor) else quantise(weight, self.rule, tiles=self.tiles)
             parts = (codes.packed, codes.scales, codes.amax)
             yield {f"{name}_{part}": tensor for part, tensor in zip(PACKED_DTYPES, parts, strict=True)}
 

@@ -43,7 +43,7 @@ class Packing:
 
     Attributes:
         rule: the scale rule, and so what amax means.
-        tiles: whether scales are shared by 16 x 16 elements, as they are if this library chose them.
+        tiles: whether scales are shared by 16 x 16 elements.
         layers, keep_last_blocks_bf16: which layers were chosen, see `LayerSelection`.
         scale_layout: `plain`: row by row.
     """
@@ -148,7 +148,7 @@ def load_network(exported: ExportedFile, config: WanConfig) -> CausalWan:
             packing = exported.packing
             if packing is None:
                 raise ValueError(f"{exported.path} packs {packed[0]} and does not say how; export it again")
-            recipe, backend = NVFP4Recipe(weights=packing.rule), EmulatedBackend()
+            recipe, backend = NVFP4Recipe(weights=packing.rule, weight_tiles=packing.tiles), EmulatedBackend()
             for name in packed:
                 parent, _, child = name.rpartition(".")
                 linear = network.get_submodule(name)

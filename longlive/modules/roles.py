@@ -37,7 +37,7 @@ from longlive.adapters.lora import LoRASettings, base_name
 from longlive.modules.base import LongLiveModule
 from longlive.precision.auto import choose_precision
 from longlive.precision.nvfp4.format import QuantisedTensor
-from longlive.precision.nvfp4.linear import NVFP4Linear, masters, packed_parts
+from longlive.precision.nvfp4.linear import BY_ROWS, NVFP4Linear, masters, packed_parts
 from longlive.precision.nvfp4.plugin import NVFP4Precision
 from longlive.precision.plugin import LinearPrecision
 from longlive.typing import Tensor
@@ -246,10 +246,10 @@ class RolesModule(LongLiveModule):
             source = _source(place, found.get(codes, {}))
             if source is None:
                 without_codes.append(layer)
-            elif rules.get(source) != layer.rule:
+            elif rules.get(source) != layer.packing:
                 raise ValueError(
                     f"the checkpoint's {source} is packed with the rule {rules.get(source)}, and here with "
-                    f"{layer.rule}; start from the weights that it started from, or from an export of it"
+                    f"{layer.packing}; start from the weights that it started from, or from an export of it"
                 )
         return masters(without_codes)
 
@@ -261,8 +261,8 @@ class RolesModule(LongLiveModule):
                     yield base.place, name, layer
 
     def held_as(self) -> dict[str, str]:
-        """What every base has for weights, by its place: `weights`, or the scale rule of codes."""
-        packed = {place: str(layer.rule) for place, _, layer in self._packed_layers()}
+        """What every base has for weights, by its place: `weights`, or how codes are scaled."""
+        packed = {place: str(layer.packing) for place, _, layer in self._packed_layers()}
         return {base.place: PLAIN for base in self.bases} | packed
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -331,7 +331,8 @@ def with_weights(stored: Mapping[str, Tensor], held_as: Mapping[str, str]) -> di
             continue
         place, key = _place_and_key(weight)
         packed, scales, amax = (stored[part] for part in packed_parts(weight))
-        codes = QuantisedTensor(packed, scales.view(torch.float8_e4m3fn), amax, held_as[place], tiles=True)
+        rule = held_as[place].removesuffix(BY_ROWS)
+        codes = QuantisedTensor(packed, scales.view(torch.float8_e4m3fn), amax, rule)
         plain[weight] = by_key[key] if key in by_key else codes.dequantise()
     return plain
 

@@ -218,9 +218,9 @@ def test_codes_of_one_run_start_another_only_by_the_same_rule(stage_one: Path, t
     trainer.save_checkpoint(path)
     second = start(distillation(role_precision=ALL, seed=8), path)
     assert_same(dict(second.state_dict()), dict(first.state_dict()))
-    recipe = NVFP4Recipe(weights="mse")
-    with pytest.raises(ValueError, match="packed with the rule static_6, and here with mse"):
-        start(distillation(role_precision=dict.fromkeys(ALL, NVFP4Precision(recipe=recipe))), path)
+    for recipe, name in ((NVFP4Recipe("mse"), "mse"), (NVFP4Recipe(weight_tiles=False), "static_6_1x16")):
+        with pytest.raises(ValueError, match=f"packed with the rule static_6, and here with {name}; "):
+            start(distillation(role_precision=dict.fromkeys(ALL, NVFP4Precision(recipe=recipe))), path)
     lacks = (
         r"no weights for (\w+)\.\S*\.self_attn\.q\.\S*weight, only NVFP4 codes, and for 9 more: .* export format=fp32"
     )

@@ -90,7 +90,7 @@ class QuantisedLinear(torch.autograd.Function):
                 w = codes
             else:
                 assert master is not None
-                w = quantised(master, recipe.weights, tiles=True)
+                w = quantised(master, recipe.weights, tiles=recipe.weight_tiles)
             y = plan.matmul(quantised(rows, recipe.activations, amax_rows), w)[: len(x)]
             if bias is not None:
                 y += bias
@@ -155,7 +155,10 @@ def quantised(
 
 
 def transposed(w: Operand) -> Operand:
-    return w.transpose() if isinstance(w, QuantisedTensor) else w.t()
+    """Scales of tiles are scales of the transpose too; by others, weights are decoded."""
+    if isinstance(w, QuantisedTensor) and w.tiles:
+        return w.transpose()
+    return (w.dequantise() if isinstance(w, QuantisedTensor) else w).t()
 
 
 def shared_amax(plan: LinearPlan, rows: Tensor, columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -35,7 +35,8 @@ MULTIPLE = 32
 
 RULE_KEY = "nvfp4_rule"
 TILES_KEY = "nvfp4_tiles"
-"""In a layer's state-dict metadata."""
+BY_ROWS = "_1x16"
+"""In a layer's state-dict metadata, and behind the rule in `packing`."""
 
 
 def packed_parts(weight: str) -> tuple[str, str, str]:
@@ -101,8 +102,7 @@ class NVFP4Linear(nn.Linear):
         self.rule: str | None = None
         """The scale rule of the packed weight; None: there is a master weight."""
         self.tiles = True
-        """Whether the packed weight's scales are shared by 16 x 16 elements: others, which a file may bring, have no
-        transpose, and so no gradient of the input."""
+        """Whether the packed weight's scales are shared by 16 x 16 elements."""
         self.backend_state: dict[str, Any] = {}
         """What the backend keeps of this layer between calls."""
 
@@ -153,6 +153,11 @@ class NVFP4Linear(nn.Linear):
         return QuantisedTensor(self.weight_packed, scales, self.weight_amax, self.rule, self.tiles)
 
     @property
+    def packing(self) -> str | None:
+        """Scale rule of the packed weight, and whether rows have their own scales: `mse`, `mse_1x16`."""
+        return self.rule if self.rule is None or self.tiles else self.rule + BY_ROWS
+
+    @property
     def is_packed(self) -> bool:
         """Whether there are codes in place of the master weight."""
         return self.rule is not None
@@ -189,12 +194,12 @@ class NVFP4Linear(nn.Linear):
             master: whole, also where the layer is sharded.
         """
         assert self.rule is not None
-        codes = quantise(master.to(self.weight_amax.device), self.rule, tiles=True)
+        self.tiles = self.recipe.weight_tiles
+        codes = quantise(master.to(self.weight_amax.device), self.rule, tiles=self.tiles)
         for kept, made in ((self.weight_packed, codes.packed), (self.weight_scale, codes.scales.view(torch.uint8))):
             part, where = local_part(kept)
             part.copy_(made[where])
         self.weight_amax.copy_(codes.amax)
-        self.tiles = True
         self.backend_state.clear()
 
     def _become_packed(self, rule: str) -> None:
@@ -205,7 +210,7 @@ class NVFP4Linear(nn.Linear):
             held = torch.empty(n, width, dtype=torch.uint8, device=device)
             self.register_parameter(name, nn.Parameter(held, requires_grad=False))
         self.register_buffer("weight_amax", torch.empty((), dtype=torch.float32, device=device))
-        self.rule = rule
+        self.rule, self.tiles = rule, self.recipe.weight_tiles
         self.backend_state.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NVFP4Linear:
@@ -239,7 +244,7 @@ class NVFP4Linear(nn.Linear):
         if f"{prefix}weight_packed" in state_dict:
             # Without metadata (a plain dict) the recipe is all that says which rule it was.
             rule = local_metadata.get(RULE_KEY, self.rule or self.recipe.weights)
-            self.tiles = local_metadata.get(TILES_KEY, True)
+            tiles = local_metadata.get(TILES_KEY, self.recipe.weight_tiles if self.rule is None else self.tiles)
             if rule not in RULES:
                 error_msgs.append(f"{prefix}weight_packed has the scale rule {rule!r}; known are {', '.join(RULES)}")
             elif self.rule is not None:
@@ -248,6 +253,7 @@ class NVFP4Linear(nn.Linear):
                 error_msgs.append(f"{prefix}weight_packed has no master weight to train; freeze the layer first")
             else:
                 self._become_packed(rule)
+            self.tiles = tiles
             # Files have the scales in their own dtype.
             state_dict[f"{prefix}weight_scale"] = state_dict[f"{prefix}weight_scale"].view(torch.uint8)
         super()._load_from_state_dict(

@@ -53,14 +53,14 @@ def along_tokens(x, rule, recipe):
     return exact(hadamard(columns), rule)
 
 
-@pytest.mark.parametrize("hadamard_on", [True, False])
+@pytest.mark.parametrize(("hadamard_on", "weight_tiles"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("rules", list(product([None, "static_6"], [None, "mse"], [None, "static_4"])))
-def test_every_gemm_is_its_formula_whichever_operands_are_quantised(rules, hadamard_on):
+def test_every_gemm_is_its_formula_whichever_operands_are_quantised(rules, hadamard_on, weight_tiles):
     """An operand that is quantised twice, from the wrong copy, along the wrong dim, or transformed alone."""
-    recipe = NVFP4Recipe(*rules, stochastic_gradients=False, hadamard=hadamard_on)
+    recipe = NVFP4Recipe(*rules, weight_tiles, stochastic_gradients=False, hadamard=hadamard_on)
     x, w, b, dy = tensors(50, 64, 96)
     y, dx, dw, db = gradients(x, w, b, dy, plan_of(recipe))
-    w64 = exact(w, recipe.weights, tiles=True) if recipe.weights else w.detach().double()
+    w64 = exact(w, recipe.weights, tiles=weight_tiles) if recipe.weights else w.detach().double()
     assert relative(y, exact(x, recipe.activations) @ w64.t() + b.detach()) < 1e-6
     assert relative(dx, exact(dy, recipe.gradients) @ w64) < 1e-6
     expected = along_tokens(dy, recipe.gradients, recipe) @ along_tokens(x, recipe.activations, recipe).t()

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -189,8 +190,9 @@ def test_lora_wraps_it_and_trains_its_matrices_alone():
     assert base.weight is None
 
 
-def test_a_packed_layer_is_the_frozen_one_at_a_quarter_of_the_bytes():
-    layer = nvfp4(linear(256, 512).requires_grad_(False))
+@pytest.mark.parametrize("tiles", [True, False])
+def test_a_packed_layer_is_the_frozen_one_at_a_quarter_of_the_bytes(tiles):
+    layer = nvfp4(linear(256, 512).requires_grad_(False), NVFP4Recipe(weight_tiles=tiles))
     x = gaussian(40, 256).requires_grad_()
     before = layer(x)
     (expected,) = torch.autograd.grad(before.sum(), x)
@@ -204,23 +206,27 @@ def test_a_packed_layer_is_the_frozen_one_at_a_quarter_of_the_bytes():
     assert list(layer.state_dict()) == ["bias", *PACKED]
     held = sum(tensor.nbytes for name, tensor in layer.state_dict().items() if name in PACKED)
     assert 0.5625 * weight.numel() <= held <= 0.5626 * weight.numel()
-    assert torch.equal(layer.codes.dequantise(), quantise(weight, "static_6", tiles=True).dequantise())
+    assert torch.equal(layer.codes.dequantise(), quantise(weight, "static_6", tiles=tiles).dequantise())
 
 
-def test_packed_layers_load_where_masters_were(tmp_path):
-    """The rule travels with the codes: another one would scale every weight by 448 / 256."""
-    stored = nvfp4(linear().requires_grad_(False), NVFP4Recipe(weights="mse"))
+@pytest.mark.parametrize("tiles", [True, False])
+def test_packed_layers_load_where_masters_were(tmp_path, tiles):
+    """The rule travels with the codes: another one would scale every weight by 448 / 256. Scales of rows that are taken
+    for those of tiles give another gradient of the input."""
+    recipe = NVFP4Recipe(weights="mse", weight_tiles=tiles)
+    stored = nvfp4(linear().requires_grad_(False), recipe)
     stored.materialize()
     x = gaussian(40, 64)
     fresh = nvfp4(linear(seed=9).requires_grad_(False))
     fresh.load_state_dict(stored.state_dict())
     assert torch.equal(fresh(x), stored(x))
-    assert fresh.rule == "mse"
+    assert (fresh.rule, fresh.tiles, fresh.packing) == ("mse", tiles, "mse" if tiles else "mse_1x16")
 
     save_file(stored.state_dict(), tmp_path / "layer.safetensors")
-    for layer in (nvfp4(linear(seed=9).requires_grad_(False), NVFP4Recipe(weights="mse")), stored):
+    for layer in (nvfp4(linear(seed=9).requires_grad_(False), recipe), stored):
         layer.load_state_dict(load_file(tmp_path / "layer.safetensors"))
         assert torch.equal(layer(x), fresh(x))
+        assert layer.tiles == tiles
 
 
 def test_what_transformer_engine_adds_to_a_state_is_no_obstacle():
@@ -265,10 +271,10 @@ def test_casting_a_network_leaves_codes_and_scales_what_they_are():
 
 
 def sharded_gradients():
-    network = block()
+    network, mesh = block(), init_device_mesh("cpu", (2,))
     for layer in network:
-        fully_shard(layer)
-    fully_shard(network)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(network, mesh=mesh)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((t.dtype, t.shape)) or t, lambda t: t):
         output = network(gaussian(48, 64))

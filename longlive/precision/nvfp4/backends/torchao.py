@@ -79,7 +79,9 @@ class TorchAOBackend(Backend):
         """Of a packed layer it is kept; a master weight may change between calls."""
         if layer.codes is None:
             assert layer.recipe.weights is not None
-            return self._wrap(quantise(layer.weight, layer.recipe.weights, tiles=True), layer.recipe, dtype)
+            return self._wrap(
+                quantise(layer.weight, layer.recipe.weights, tiles=layer.recipe.weight_tiles), layer.recipe, dtype
+            )
         key = f"weight {dtype}"
         if key not in layer.backend_state:
             layer.backend_state[key] = self._wrap(layer.codes, layer.recipe, dtype)

@@ -112,13 +112,15 @@ def refusal(recipe: NVFP4Recipe) -> str | None:
         )
         if rule != "static_6"
     ]  # fmt: skip
+    if not recipe.weight_tiles:
+        wrong.append("weight_tiles=false")
     if recipe.reduce_amax:
         wrong.append("reduce_amax=true")
     if not wrong:
         return None
     return (
-        f"it does not compute {', '.join(wrong)}; it takes weights=static_6 activations=static_6 gradients=static_6 "
-        "reduce_amax=false"
+        f"it does not compute {', '.join(wrong)}; it takes weights=static_6 weight_tiles=true activations=static_6 "
+        "gradients=static_6 reduce_amax=false"
     )
 
 

@@ -111,11 +111,12 @@ def test_an_old_version_or_an_old_device_is_named(monkeypatch):
         (NVFP4Recipe(weights=None, activations="static_6"), "weights=null"),
         (NVFP4Recipe(activations="static_6", gradients="static_4"), "gradients=static_4"),
         (NVFP4Recipe(activations="static_6", reduce_amax=True), "reduce_amax=true"),
+        (NVFP4Recipe(activations="static_6", weight_tiles=False), "weight_tiles=false"),
     ],
 )
 def test_settings_that_it_does_not_have_are_refused_by_name(recipe, named):
     """Computing static_6 where mse was asked for would be a silent swap."""
-    assert refusal(recipe).startswith(f"it does not compute {named}; it takes weights=static_6 activations=static_6")
+    assert refusal(recipe).startswith(f"it does not compute {named}; it takes weights=static_6 weight_tiles=true")
 
 
 def test_the_recipe_is_passed_on_in_full():
