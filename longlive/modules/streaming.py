@@ -15,18 +15,18 @@ student learns first, and the critic then from the same clip. (The source too ha
 every update.) The student's turns must come to every place of a stream, so `student_every` and the number of clips may
 have no common divisor.
 
-**Scores.** Teacher and critic score the clip's noisy chunks given its clean ones and the past chunks that the clip's
-first chunk sees in the rollout, at the positions of the rollout. Past chunks are clean history and no targets. What
-they saw themselves is gone, so they see each other, as the first chunks of a clip do in stage 1. (No later chunk of the
-clip sees an earlier one than these: `rollout.sinks`, fact 1.) Each role makes keys and values of the past from the
-latents. The student's own stay as they were written, partly by earlier weights, as in the source.
-Such scores ask whether a clip is a good continuation, also of a past that has drifted. With `score_past=false` they see
-the clip alone, as a video that begins with it: they ask whether it is a good clip, whatever came before. (The source's
-teacher, which is not autoregressive, scores clips so.)
+**Scores.** Teacher and critic score a clip as a video that begins with it: they ask whether it is a good clip, whatever
+came before, as the source's teacher does, which is not autoregressive. So a stream that has drifted is pulled back.
+With `score_past` they ask whether it is a good continuation, also of a past that has drifted: they score the clip's
+noisy chunks given its clean ones and the past chunks that its first chunk sees in the rollout, at the positions of the
+rollout. Past chunks are clean history and no targets. What they saw themselves is gone, so they see each other, as the
+first chunks of a clip do in stage 1. (No later chunk of the clip sees an earlier one than these: `rollout.sinks`,
+fact 1.) Each role makes keys and values of the past from the latents. The student's own stay as they were written,
+partly by earlier weights, as in the source.
 
-**Prompt switches.** With `prompt_switch=recache`, past chunks are scored under the prompts that they are cached under
-when the clip begins. Inside a clip every chunk keeps its own, because a score has one clean copy of each; so scores see
-just what the student sees where switches fall on the borders of clips.
+**Prompt switches.** With `prompt_switch=recache` and `score_past`, past chunks are scored under the prompts that they
+are cached under when the clip begins. Inside a clip every chunk keeps its own, because a score has one clean copy of
+each; so scores see just what the student sees where switches fall on the borders of clips.
 
 **Checkpoints** hold the stream, sample by sample: it cannot be made again, since the weights that made it are gone. A
 resumed run may have another number of data ranks, if the steps have the same samples.
@@ -76,7 +76,7 @@ class StreamingSettings:
 
     max_frames: int
     clip_frames: int
-    score_past: bool = True
+    score_past: bool = False
 
     def __post_init__(self) -> None:
         if self.clip_frames < 1 or self.max_frames % self.clip_frames or self.num_clips < 2:

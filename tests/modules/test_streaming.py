@@ -37,7 +37,7 @@ PROMPTS = (("red", "red", "red", "red", "blue", "blue", "blue", "blue"), ("green
 ROLLOUT = RolloutSettings(
     chunk_frames=FRAMES, num_steps=2, solver="euler", window=12, sink_frames=4, shot_sink=True, shot_rope_offset=4.0
 )
-STREAMING = StreamingSettings(max_frames=CHUNKS * FRAMES, clip_frames=2 * FRAMES)
+STREAMING = StreamingSettings(max_frames=CHUNKS * FRAMES, clip_frames=2 * FRAMES, score_past=True)
 Make = Callable[..., DistillationModule]
 
 
