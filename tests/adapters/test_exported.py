@@ -133,7 +133,7 @@ def test_packed_weights_never_exist_as_numbers(tmp_path):
     assert largest == {"nvfp4": 6 * 64 * 64, "bf16": 1024 * 64}
 
 
-def test_blocks_of_one_row_multiply_right_and_have_no_transpose(network, tmp_path):
+def test_blocks_of_one_row_multiply_right_also_backwards(network, tmp_path):
     """Scales of 1 x 16 blocks taken for tiles give gradients of another matrix, silently."""
     name = "blocks.0.ffn.0"
     codes = quantise(network.get_submodule(name).weight.detach(), "static_6")
@@ -141,12 +141,13 @@ def test_blocks_of_one_row_multiply_right_and_have_no_transpose(network, tmp_pat
     weights = {**network.state_dict(), f"{name}.weight": codes}
     write_export(path, network.config, weights, NVFP4Format(layers=[name]), config=RUN, step=7)
     layer = load(path).get_submodule(name)
-    layer.recipe = NVFP4Recipe(weights="static_6", activations=None)
+    layer.recipe = NVFP4Recipe(weights="static_6", activations=None, gradients=None)
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
     expected = F.linear(x.double(), codes.dequantise().double(), layer.bias.double())
     assert (layer(x) - expected).abs().max() < 1e-4
-    with pytest.raises(ValueError, match="scales of 1 x 16 blocks do not transpose"):
-        layer(x).sum().backward()
+    weights = torch.randn(32, layer.out_features, generator=torch.Generator().manual_seed(2))
+    (gradient,) = torch.autograd.grad((layer(x) * weights).sum(), x)
+    assert (gradient - weights.double() @ codes.dequantise().double()).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
