@@ -60,6 +60,9 @@ def test_the_plan_counts_low_precision_as_bfloat16(capsys):
 ROLES = ("model=ti2v_5b", "module=distillation", "data=toyworld_prompts", "precision=bf16")
 
 
+EACH = ["student", "teacher", "critic"]
+
+
 @pytest.mark.parametrize(
     ("packed", "shares", "most"),
     [
@@ -82,6 +85,16 @@ def test_the_roles_of_the_5b_model_hold_a_fraction_of_a_copy_each(packed, shares
         linears = 30 * (8 * 3072**2 + 2 * 3072 * 14336)
         ((_, held),) = memory.bases
         assert 0.5625 * linears < held < 0.5625 * linears + 4 * (4_999_787_712 - linears)
+
+
+def test_roles_with_packed_weights_alone_share_them_and_hold_less_than_half():
+    """As an option for each role; none of them trains what is packed, and none rounds what it multiplies by."""
+    memory = make_report([*ROLES, *(f"+precision@module.role_precision.{role}=nvfp4_weights" for role in EACH)]).roles
+    ((base, _),) = memory.bases
+    assert list(base.roles) == EACH
+    recipe = base.precision.recipe
+    assert (recipe.weights, recipe.weight_tiles, recipe.activations, recipe.gradients) == ("mse", False, None, None)
+    assert 0.34 < memory.total / memory.copies <= 0.345
 
 
 def test_the_command_prints_who_shares_what(capsys):
