@@ -12,6 +12,8 @@ with the forward products alone; here the two came out alike.) These steps take 
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +30,8 @@ from longlive.precision.nvfp4.recipe import NVFP4Recipe, StepClock, largest_over
 from longlive.precision.plugin import LinearPrecision
 from longlive.precision.selection import BLOCK_LINEARS, Layer
 from longlive.typing import Int, Tensor
+
+log = logging.getLogger(__name__)
 
 
 class NVFP4Precision(LinearPrecision):
@@ -130,6 +134,8 @@ class NVFP4Precision(LinearPrecision):
                 f"{trainer.max_steps}; set it to the number of steps"
             )
         self._trainer = trainer
+        if self.keep_last_steps_bf16:
+            log.info("precision nvfp4: from step %d on in bfloat16", math.ceil(self.first_step_bf16(trainer)))
         self.clock.stream, self.clock.reduce = trainer.global_rank, None
         if isinstance(trainer.strategy, ShardedStrategy):
             # Ranks of a sequence group share the tokens of their clips, and so a stream.
@@ -138,11 +144,14 @@ class NVFP4Precision(LinearPrecision):
             self.clock.reduce = None if group is None else largest_over(group)
         return super().connect(model, optimizers, lr_schedulers)
 
+    def first_step_bf16(self, trainer: Trainer) -> float:
+        """Where the last steps begin."""
+        return (1 - self.keep_last_steps_bf16) * trainer.max_steps
+
     @contextmanager
     def forward_context(self) -> Generator[None, None, None]:
         if self.keep_last_steps_bf16 and self._trainer is not None:
-            first = (1 - self.keep_last_steps_bf16) * self._trainer.max_steps
-            self.clock.over = self._trainer.global_step >= first
+            self.clock.over = self._trainer.global_step >= self.first_step_bf16(self._trainer)
         with super().forward_context():
             yield
 

@@ -131,10 +131,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, strategy, num_rank
         assert_same(through["average"], resumed["average"])
 
 
-def test_the_last_steps_are_those_of_bfloat16(tmp_path):
+def test_the_last_steps_are_those_of_bfloat16(tmp_path, caplog):
     """As if the run had gone on in another precision, bit for bit; also where it is interrupted among them."""
+    caplog.set_level(logging.INFO, "longlive.precision.nvfp4.plugin")
     through = train(range(4), save=tmp_path / "two.ckpt", precision=ending_in_bfloat16(0.5))
     train(range(2), save=tmp_path / "nvfp4.ckpt")
+    assert caplog.messages.count("precision nvfp4: from step 2 on in bfloat16") == 1
     other = train(range(2, 4), checkpoint=tmp_path / "nvfp4.ckpt", precision=MixedPrecision("bf16-mixed", "cpu"))
     resumed = train(range(2, 4), checkpoint=tmp_path / "two.ckpt", precision=ending_in_bfloat16(0.5))
     low = train(range(4))
