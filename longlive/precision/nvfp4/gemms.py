@@ -124,6 +124,24 @@ class QuantisedLinear(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
+def split_means(
+    x: Float[Tensor, "*batch tokens d"], tokens: int
+) -> tuple[Float[Tensor, "*batch groups d"], Float[Tensor, "*batch tokens d"]]:
+    """The mean of every so many tokens, the last ones maybe fewer, and what differs from it. In x's dtype."""
+    length = x.shape[-2]
+    num_groups = -(-length // tokens)
+    padded = F.pad(x, (0, 0, 0, num_groups * tokens - length)).unflatten(-2, (num_groups, tokens))
+    counts = torch.full((num_groups, 1), float(tokens), device=x.device)
+    counts[-1:] -= num_groups * tokens - length
+    means = (padded.sum(-2, dtype=torch.float32) / counts).to(x.dtype)
+    return means, (padded - means.unsqueeze(-2)).flatten(-3, -2)[..., :length, :]
+
+
+def repeat_means(y: Float[Tensor, "*batch groups d"], tokens: int, length: int) -> Float[Tensor, "*batch tokens d"]:
+    """For each token that of its group."""
+    return y.repeat_interleave(tokens, -2)[..., :length, :]
+
+
 def output_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer's output is: autocast's dtype where that is on, else the input's."""
     device_type = x.device.type

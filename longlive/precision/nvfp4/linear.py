@@ -23,10 +23,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, zeros
+from torch.nn import functional as F
 
 from longlive.parallel.materialise import local_part
 from longlive.precision.nvfp4.backends.base import Backend
 from longlive.precision.nvfp4.format import BLOCK, RULES, QuantisedTensor, quantise
+from longlive.precision.nvfp4.gemms import repeat_means, split_means
 from longlive.precision.nvfp4.recipe import NVFP4Recipe, StepClock
 from longlive.typing import Float, Tensor
 
@@ -137,6 +139,21 @@ class NVFP4Linear(nn.Linear):
         """Not compiled with what surrounds it: compiled division is approximate, and the codes would be others."""
         if self.clock.over:
             return super().forward(input)
+        if self.recipe.mean_tokens is None:
+            return self._quantised(input)
+        return self._around_means(input, self.recipe.mean_tokens)
+
+    def _around_means(self, input: Float[Tensor, "*batch features"], tokens: int) -> Float[Tensor, "*batch out"]:
+        """Backends see what differs from the means. Of these the weight's gradient wants the weight in autocast's
+        dtype, which is held until backward, as everywhere in mixed precision."""
+        rows = torch.atleast_2d(input)
+        means, rest = split_means(rows, tokens)
+        weight = self.weight if self.codes is None else self.codes.dequantise()
+        exact = F.linear(means, weight.to(means.dtype))
+        output = self._quantised(rest) + repeat_means(exact, tokens, rows.shape[-2])
+        return output.view(*input.shape[:-1], self.out_features)
+
+    def _quantised(self, input: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
         output = self.backend.linear(self, input.reshape(-1, self.in_features))
         return output.view(*input.shape[:-1], self.out_features)
 

@@ -5,6 +5,10 @@
     WGRAD   dW = dY^T X      RHT(dY^T) 1x16, stochastic       RHT(X^T) 1x16, nearest
 
 The scheme is that of "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), with a scale rule per operand.
+With `mean_tokens` X is first split into means and what differs from them, as in "The Curse and Blessing of Mean Bias in
+FP4-Quantized LLM Training" (arXiv 2603.10444), which takes one mean over all tokens:
+
+    Y = (X - M) W^T + M W^T     the first product as above, the second in high precision, one row per mean
 
 Stochastic rounding reads eight bits per element. They are a hash of the seed, the step, the layer, the operand, how
 often that was drawn in this step, and the *position of the token*, never a generator's state: a resumed run repeats
@@ -51,11 +55,15 @@ class NVFP4Recipe:
             rounding: it prefers what the draw happened to favour.
         stochastic_gradients: whether dY and RHT(dY^T) are rounded stochastically.
         hadamard: whether WGRAD's operands are transformed along the tokens.
+        mean_tokens: X is quantised less the mean of every so many tokens, within a sample; the mean's product and its
+            gradients are in high precision, for that share of the multiplications. What tokens have in common, often
+            half of their energy, then does not widen their scales. Of a chunk's tokens a divisor, so that every split
+            over ranks has the same means. None: X is quantised as it is.
         reduce_amax: whether amax of activations and gradients is the largest over the sequence group, so that N ranks
             compute what one does, for two small reductions per layer. Without it each rank scales by its own.
 
     Raises:
-        ValueError: for a rule that does not exist.
+        ValueError: for a rule that does not exist, or means of activations that are not quantised.
     """
 
     weights: str | None = "static_6"
@@ -64,6 +72,7 @@ class NVFP4Recipe:
     weight_tiles: bool = True
     stochastic_gradients: bool = True
     hadamard: bool = True
+    mean_tokens: int | None = None
     reduce_amax: bool = False
 
     def __post_init__(self) -> None:
@@ -71,6 +80,10 @@ class NVFP4Recipe:
             rule = getattr(self, operand)
             if rule is not None and rule not in RULES:
                 raise ValueError(f"{operand}={rule!r} is no scale rule; use one of {', '.join(RULES)}, or null")
+        if self.mean_tokens is not None and self.mean_tokens < 2:
+            raise ValueError(f"mean_tokens={self.mean_tokens} tokens have no mean to speak of; use 2 or more, or null")
+        if self.mean_tokens is not None and self.activations is None:
+            raise ValueError(f"mean_tokens={self.mean_tokens} splits activations, and activations=null rounds none")
         if self.gradients in ADAPTIVE_RULES and self.stochastic_gradients:
             warn_of_bias(self.gradients)
 

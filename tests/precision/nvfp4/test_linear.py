@@ -190,6 +190,46 @@ def test_lora_wraps_it_and_trains_its_matrices_alone():
     assert base.weight is None
 
 
+def averaged(x, tokens=16):
+    """Every token by the mean of its group; the last group of each sample may be shorter."""
+    groups = [group.mean(-2, keepdim=True).expand_as(group) for group in x.split(tokens, dim=-2)]
+    return torch.cat(groups, dim=-2)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_means_of_tokens_are_multiplied_in_high_precision(packed):
+    """Against float64: a mean over padding or over two samples, a bias added twice, a gradient that skips the mean."""
+    recipe = NVFP4Recipe(gradients=None, hadamard=False, mean_tokens=16)
+    layer = nvfp4(linear(64, 96), recipe)
+    weight = layer.weight.detach().double()
+    codes = quantise(layer.weight, "static_6", tiles=True).dequantise().double()
+    if packed:
+        layer.requires_grad_(False).materialize()
+    x, dy = (gaussian(2, 40, 64) + 3 * gaussian(64, seed=5)).requires_grad_(), gaussian(2, 40, 96, seed=2)
+    y = layer(x)
+    y.backward(dy)
+    means, exact = averaged(x.detach().double()), codes if packed else weight
+    rest = quantise((x.detach() - means.float()).flatten(0, 1), "mse").dequantise().double().view(2, 40, 64)
+    expected = rest @ codes.t() + means @ exact.t() + layer.bias
+    torch.testing.assert_close(y.detach().double(), expected, rtol=0, atol=2e-4)
+    dx = dy.double() @ codes
+    expected = dx - averaged(dx) + averaged(dy.double()) @ exact
+    torch.testing.assert_close(x.grad.double(), expected, rtol=0, atol=2e-4)
+    if not packed:
+        columns = quantise((x.detach() - means.float()).flatten(0, 1).t(), "mse").dequantise().double().t()
+        dw = dy.flatten(0, 1).double().t() @ (columns + means.flatten(0, 1))
+        torch.testing.assert_close(layer.weight.grad.double(), dw, rtol=0, atol=2e-3)
+    assert layer(x[0, 0]).shape == (96,)
+
+
+def test_what_tokens_have_in_common_does_not_widen_their_scales():
+    """The reason for means: of inputs far from zero, what tells tokens apart is rounded as coarsely as their mean."""
+    x, layer = gaussian(4, 64, 256) + 4 * gaussian(256, seed=5), linear(256, 128).requires_grad_(False)
+    recipes = [NVFP4Recipe(weights=None, mean_tokens=tokens) for tokens in (None, 64)]
+    whole, split = (float((nvfp4(layer, recipe)(x) - layer(x)).norm()) for recipe in recipes)
+    assert split < 0.3 * whole
+
+
 @pytest.mark.parametrize("tiles", [True, False])
 def test_a_packed_layer_is_the_frozen_one_at_a_quarter_of_the_bytes(tiles):
     layer = nvfp4(linear(256, 512).requires_grad_(False), NVFP4Recipe(weight_tiles=tiles))

@@ -216,14 +216,16 @@ class Float32Around(NVFP4Precision):
         yield
 
 
-def test_ranks_that_share_a_clip_compute_what_one_rank_does_if_they_share_amax(weights):
+@pytest.mark.parametrize("mean_tokens", [None, 4])
+def test_ranks_that_share_a_clip_compute_what_one_rank_does_if_they_share_amax(weights, mean_tokens):
     """Random bits by a rank's own count of tokens, or scales of its own, would give other losses. The prompts' two
     layers are left out: every rank quantises its own part of their gradient, which one rank has as a sum. The one rank
     is one of balanced_sp, too: outside it the last chunk's clean copy is left out, and with it what it adds to amax."""
     layers = ("blocks.*.self_attn.[qkvo]", "blocks.*.cross_attn.[qo]", "blocks.*.ffn.[02]")
 
     def losses(num_ranks: int, reduce_amax: bool) -> torch.Tensor:
-        precision = Float32Around(recipe=NVFP4Recipe(reduce_amax=reduce_amax), layers=layers, seed=1)
+        recipe = NVFP4Recipe(reduce_amax=reduce_amax, mean_tokens=mean_tokens)
+        precision = Float32Around(recipe=recipe, layers=layers, seed=1)
         settings = {"precision": precision, "weights": weights, "learning_rate": 5e-3}
         results = run_on_ranks(partial(train, range(3), "balanced_sp", **settings), num_ranks, init_process_group=False)
         return torch.tensor([result["losses"] for result in results], dtype=torch.float64).mean(dim=0)

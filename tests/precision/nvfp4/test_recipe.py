@@ -17,6 +17,18 @@ def test_a_rule_that_does_not_exist_is_refused_with_those_that_do(operand):
         NVFP4Recipe(**{operand: "static_5"})
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"mean_tokens": 1}, "mean_tokens=1 tokens have no mean to speak of; use 2 or more, or null"),
+        ({"mean_tokens": 64, "activations": None}, "mean_tokens=64 splits activations, and activations=null"),
+    ],
+)
+def test_means_that_change_nothing_are_refused(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        NVFP4Recipe(**settings)
+
+
 def test_biased_gradients_are_allowed_and_said_once(caplog):
     warn_of_bias.cache_clear()
     with caplog.at_level(logging.WARNING):
