@@ -129,17 +129,23 @@ def split_means(
 ) -> tuple[Float[Tensor, "*batch groups d"], Float[Tensor, "*batch tokens d"]]:
     """The mean of every so many tokens, the last ones maybe fewer, and what differs from it. In x's dtype."""
     length = x.shape[-2]
-    num_groups = -(-length // tokens)
-    padded = F.pad(x, (0, 0, 0, num_groups * tokens - length)).unflatten(-2, (num_groups, tokens))
+    missing = -length % tokens
+    num_groups = (length + missing) // tokens
+    groups = (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(-2, (num_groups, tokens))
     counts = torch.full((num_groups, 1), float(tokens), device=x.device)
-    counts[-1:] -= num_groups * tokens - length
-    means = (padded.sum(-2, dtype=torch.float32) / counts).to(x.dtype)
-    return means, (padded - means.unsqueeze(-2)).flatten(-3, -2)[..., :length, :]
+    counts[-1:] -= missing
+    means = (groups.sum(-2, dtype=torch.float32) / counts).to(x.dtype)
+    return means, (groups - means.unsqueeze(-2)).flatten(-3, -2)[..., :length, :]
 
 
-def repeat_means(y: Float[Tensor, "*batch groups d"], tokens: int, length: int) -> Float[Tensor, "*batch tokens d"]:
-    """For each token that of its group."""
-    return y.repeat_interleave(tokens, -2)[..., :length, :]
+def add_means(
+    y: Float[Tensor, "*batch tokens d"], means: Float[Tensor, "*batch groups d"], tokens: int
+) -> Float[Tensor, "*batch tokens d"]:
+    """To every token what belongs to its group of so many; where these come out even, without writing it out first."""
+    length = y.shape[-2]
+    if length % tokens:
+        return y + means.repeat_interleave(tokens, -2)[..., :length, :]
+    return (y.unflatten(-2, (length // tokens, tokens)) + means.unsqueeze(-2)).flatten(-3, -2)
 
 
 def output_dtype(x: Tensor) -> torch.dtype:

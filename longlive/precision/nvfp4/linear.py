@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from longlive.parallel.materialise import local_part
 from longlive.precision.nvfp4.backends.base import Backend
 from longlive.precision.nvfp4.format import BLOCK, RULES, QuantisedTensor, quantise
-from longlive.precision.nvfp4.gemms import repeat_means, split_means
+from longlive.precision.nvfp4.gemms import add_means, split_means
 from longlive.precision.nvfp4.recipe import NVFP4Recipe, StepClock
 from longlive.typing import Float, Tensor
 
@@ -147,11 +147,11 @@ class NVFP4Linear(nn.Linear):
         """Backends see what differs from the means. Of these the weight's gradient wants the weight in autocast's
         dtype, which is held until backward, as everywhere in mixed precision."""
         rows = torch.atleast_2d(input)
+        tokens = max(min(tokens, rows.shape[-2]), 1)  # of fewer tokens one mean, without padding
         means, rest = split_means(rows, tokens)
         weight = self.weight if self.codes is None else self.codes.dequantise()
         exact = F.linear(means, weight.to(means.dtype))
-        output = self._quantised(rest) + repeat_means(exact, tokens, rows.shape[-2])
-        return output.view(*input.shape[:-1], self.out_features)
+        return add_means(self._quantised(rest), exact, tokens).view(*input.shape[:-1], self.out_features)
 
     def _quantised(self, input: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
         output = self.backend.linear(self, input.reshape(-1, self.in_features))

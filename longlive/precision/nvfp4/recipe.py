@@ -56,9 +56,10 @@ class NVFP4Recipe:
         stochastic_gradients: whether dY and RHT(dY^T) are rounded stochastically.
         hadamard: whether WGRAD's operands are transformed along the tokens.
         mean_tokens: X is quantised less the mean of every so many tokens, within a sample; the mean's product and its
-            gradients are in high precision, for that share of the multiplications. What tokens have in common, a good
-            part of their energy, then does not widen their scales. Of a chunk's tokens a divisor, so that every split
-            over ranks has the same means. None: X is quantised as it is.
+            gradients are in high precision, for that share of the multiplications, and are kept for backward in X's
+            dtype. What tokens have in common, a good part of their energy, then does not widen their scales. How many
+            share a mean matters little (recipes/benchmarks.md); a divisor of a chunk's tokens, such as a frame's, gives
+            every split over ranks the same means. None: X is quantised as it is.
         reduce_amax: whether amax of activations and gradients is the largest over the sequence group, so that N ranks
             compute what one does, for two small reductions per layer. Without it each rank scales by its own.
 

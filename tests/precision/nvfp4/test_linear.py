@@ -196,8 +196,9 @@ def averaged(x, tokens=16):
     return torch.cat(groups, dim=-2)
 
 
+@pytest.mark.parametrize("num_tokens", [40, 48])
 @pytest.mark.parametrize("packed", [False, True])
-def test_means_of_tokens_are_multiplied_in_high_precision(packed):
+def test_means_of_tokens_are_multiplied_in_high_precision(packed, num_tokens):
     """Against float64: a mean over padding or over two samples, a bias added twice, a gradient that skips the mean."""
     recipe = NVFP4Recipe(gradients=None, hadamard=False, mean_tokens=16)
     layer = nvfp4(linear(64, 96), recipe)
@@ -205,11 +206,14 @@ def test_means_of_tokens_are_multiplied_in_high_precision(packed):
     codes = quantise(layer.weight, "static_6", tiles=True).dequantise().double()
     if packed:
         layer.requires_grad_(False).materialize()
-    x, dy = (gaussian(2, 40, 64) + 3 * gaussian(64, seed=5)).requires_grad_(), gaussian(2, 40, 96, seed=2)
+    x, dy = (
+        (gaussian(2, num_tokens, 64) + 3 * gaussian(64, seed=5)).requires_grad_(),
+        gaussian(2, num_tokens, 96, seed=2),
+    )
     y = layer(x)
     y.backward(dy)
     means, exact = averaged(x.detach().double()), codes if packed else weight
-    rest = quantise((x.detach() - means.float()).flatten(0, 1), "mse").dequantise().double().view(2, 40, 64)
+    rest = quantise((x.detach() - means.float()).flatten(0, 1), "mse").dequantise().double().view(2, num_tokens, 64)
     expected = rest @ codes.t() + means @ exact.t() + layer.bias
     torch.testing.assert_close(y.detach().double(), expected, rtol=0, atol=2e-4)
     dx = dy.double() @ codes
@@ -220,6 +224,7 @@ def test_means_of_tokens_are_multiplied_in_high_precision(packed):
         dw = dy.flatten(0, 1).double().t() @ (columns + means.flatten(0, 1))
         torch.testing.assert_close(layer.weight.grad.double(), dw, rtol=0, atol=2e-3)
     assert layer(x[0, 0]).shape == (96,)
+    assert layer(x[:, :0]).shape == (2, 0, 96)
 
 
 def test_what_tokens_have_in_common_does_not_widen_their_scales():
@@ -228,6 +233,20 @@ def test_what_tokens_have_in_common_does_not_widen_their_scales():
     recipes = [NVFP4Recipe(weights=None, mean_tokens=tokens) for tokens in (None, 64)]
     whole, split = (float((nvfp4(layer, recipe)(x) - layer(x)).norm()) for recipe in recipes)
     assert split < 0.3 * whole
+
+
+def test_of_a_frame_s_mean_little_is_kept_for_backward():
+    """0.5625 bytes per element of X, and the means of 880 tokens in bfloat16; what the weight needs is apart."""
+    layer, saved = nvfp4(linear(256, 32), NVFP4Recipe(mean_tokens=880)), []
+    x = gaussian(1, 4 * 880, 256).bfloat16()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    ):
+        layer(x)
+    kept = [tensor for tensor in saved if tensor.numel() != layer.weight.numel()]
+    assert any(tensor.numel() == 4 * 256 for tensor in kept), "the means, for the weight's gradient"
+    assert sum(tensor.nbytes for tensor in kept) <= 0.57 * x.numel()
 
 
 @pytest.mark.parametrize("tiles", [True, False])
