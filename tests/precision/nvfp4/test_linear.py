@@ -206,10 +206,8 @@ def test_means_of_tokens_are_multiplied_in_high_precision(packed, num_tokens):
     codes = quantise(layer.weight, "static_6", tiles=True).dequantise().double()
     if packed:
         layer.requires_grad_(False).materialize()
-    x, dy = (
-        (gaussian(2, num_tokens, 64) + 3 * gaussian(64, seed=5)).requires_grad_(),
-        gaussian(2, num_tokens, 96, seed=2),
-    )
+    x = (gaussian(2, num_tokens, 64) + 3 * gaussian(64, seed=5)).requires_grad_()
+    dy = gaussian(2, num_tokens, 96, seed=2)
     y = layer(x)
     y.backward(dy)
     means, exact = averaged(x.detach().double()), codes if packed else weight
