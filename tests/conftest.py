@@ -3,7 +3,11 @@
 import gc
 import os
 
+import torch
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are then tested without a GPU; read at their import
 
 from jaxtyping import install_import_hook
 

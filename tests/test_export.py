@@ -39,7 +39,7 @@ def files(trained, tmp_path_factory) -> dict[str, Path]:
         "diffusers": ["format=fp32", "naming=diffusers"],
         "nvfp4": ["format=nvfp4"],
         "nvfp4_fp32": ["format=nvfp4", "format.others=fp32"],
-        "mse": ["format=nvfp4", "format.others=fp32", "format.rule=mse", "format.layers=['blocks.*.ffn.[02]']"],
+        "static": ["format=nvfp4", "format.others=fp32", "format.rule=static_6", "format.layers=['blocks.*.ffn.[02]']"],
         "rows": ["format=nvfp4", "format.others=fp32", "format.tiles=false"],
     }
     for name, settings in choices.items():
@@ -105,16 +105,17 @@ def test_rows_of_a_file_may_have_scales_of_their_own(files, trained, latents):
 
 
 def test_rule_and_layers_are_those_of_the_file(files, trained, latents):
-    same = ("precision=nvfp4", "precision.recipe.weights=mse", "precision.layers=['blocks.*.ffn.[02]']")
+    same = ("precision=nvfp4", "precision.recipe.weights=static_6", "precision.layers=['blocks.*.ffn.[02]']")
     expected = latents(trained, *same)
-    assert torch.equal(latents(files["mse"]), expected)
-    assert torch.equal(latents(files["mse"], *same), expected)
+    assert torch.equal(latents(files["static"]), expected)
+    assert torch.equal(latents(files["static"], *same), expected)
     for different in (same[:2], (same[0], same[2]), ("precision=nvfp4",)):
         message = (
-            r"mse\.safetensors is packed with rule=mse, layers=\['blocks\.\*\.ffn\.\[02\]'\], keep_last_blocks_bf16=0"
+            r"static\.safetensors is packed with rule=static_6, layers=\['blocks\.\*\.ffn\.\[02\]'\], "
+            r"keep_last_blocks_bf16=0"
         )
         with pytest.raises(ValueError, match=message):
-            latents(files["mse"], *different)
+            latents(files["static"], *different)
 
 
 def test_activations_may_stay_unquantised(files, latents):
@@ -135,7 +136,7 @@ def test_the_record_of_a_rollout_names_the_file_and_what_it_multiplies_in(files,
     record = generate(compose("generate", settings))["settings"]
     assert (record["checkpoint"], record["step"], record["fps"]) == (str(files["nvfp4"]), 12, 24.0)
     assert record["precision"]["precision"] == "nvfp4"
-    assert record["precision"]["recipe"]["weights"] == "static_6"
+    assert record["precision"]["recipe"]["weights"] == "mse"
 
 
 def test_what_is_exported_is_the_average(files, trained):

@@ -116,7 +116,7 @@ class NVFP4Format(ExportFormat):
     def __init__(
         self,
         *,
-        rule: str = "static_6",
+        rule: str = "mse",
         tiles: bool = True,
         layers: Sequence[str] = BLOCK_LINEARS,
         keep_last_blocks_bf16: float = 0.0,

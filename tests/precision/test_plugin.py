@@ -174,7 +174,7 @@ def test_the_option_reaches_the_trainer(tmp_path, option, name, kind):
 def test_settings_reach_the_plugin(tmp_path):
     more = ["precision.recipe.activations=static_6", "precision.keep_last_blocks_bf16=0.5", "seed=7"]
     plugin = instantiate(compose("train", ["precision=nvfp4", *more]).precision)
-    assert (plugin.recipe.activations, plugin.recipe.weights, plugin.clock.seed) == ("static_6", "static_6", 7)
+    assert (plugin.recipe.activations, plugin.recipe.weights, plugin.clock.seed) == ("static_6", "mse", 7)
     plugin.convert_module(network())
     assert {layer.name.split(".")[1] for layer in plugin.layers if layer.reason is None} == {"0"}
 

@@ -25,6 +25,7 @@ the second reading in one kernel, to the same bits; without Triton what is here 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -88,6 +89,10 @@ class QuantisedTensor:
 
     def values(self) -> Float[Tensor, "*batch rows k"]:
         """v * s in bfloat16, exact: 2 * 4 significant bits at most, and magnitudes in [2^-10, 2688]."""
+        if self.packed.is_cuda and HAS_TRITON:
+            from longlive.precision.nvfp4 import kernels
+
+            return kernels.decode_values(self.packed, self.scales)
         elements = decode(self.packed)
         blocks = elements.unflatten(-1, (-1, BLOCK)) * self.scales.to(torch.bfloat16).unsqueeze(-1)
         return blocks.flatten(-2)
@@ -169,6 +174,8 @@ def max_magnitude(x: Float[Tensor, "*batch rows k"]) -> Float[Tensor, "*batch"]:
     """The largest magnitude of each matrix, float32; NaN where there is one, 0 for a matrix without elements."""
     if not x.numel():
         return x.new_zeros(x.shape[:-2], dtype=torch.float32)
+    if x.is_cuda:
+        return torch.linalg.vector_norm(x, torch.inf, (-2, -1), dtype=torch.float32)
     # Two plain reductions run at the speed of memory; one for both, or a norm, takes a CPU ten times as long.
     return torch.maximum(x.amax((-2, -1)), -x.amin((-2, -1))).float()
 
@@ -185,11 +192,16 @@ def unpack(packed: UInt8[Tensor, "*shape bytes"]) -> UInt8[Tensor, "*shape k"]:
 
 def decode(packed: UInt8[Tensor, "*shape bytes"]) -> Float[Tensor, "*shape k"]:
     """The elements of packed codes, bfloat16."""
-    # One look-up gives the two elements of a byte.
-    values = torch.tensor((*ELEMENTS, *(-element for element in ELEMENTS)), dtype=torch.bfloat16)
+    return pairs_of_elements(packed.device)[packed.int().contiguous()].view(torch.bfloat16)
+
+
+@cache
+@torch.inference_mode(False)
+def pairs_of_elements(device: torch.device) -> Tensor:
+    """The two bfloat16 elements of each byte, as one int32: `[256]`. Kept: a copy to a GPU would be waited for."""
+    values = torch.tensor((*ELEMENTS, *(-element for element in ELEMENTS)), dtype=torch.bfloat16, device="cpu")
     low, high = values.repeat(16), values.repeat_interleave(16)
-    pairs = torch.stack((low, high), dim=-1).view(torch.int32).flatten().to(packed.device)
-    return pairs[packed.int().contiguous()].view(torch.bfloat16)
+    return torch.stack((low, high), dim=-1).view(torch.int32).flatten().to(device)
 
 
 def hadamard(x: Float[Tensor, "*shape k"]) -> Float[Tensor, "*shape k"]:
@@ -207,18 +219,21 @@ def hadamard(x: Float[Tensor, "*shape k"]) -> Float[Tensor, "*shape k"]:
     # Inputs and R are exact in bfloat16, sums are float32: on a GPU that is what its bfloat16 GEMM does. On a CPU such
     # a GEMM may sum in bfloat16, so that autocast must not ask for it.
     dtype = torch.bfloat16 if x.is_cuda else torch.float32
-    rotation = rotation_matrix().to(x.device, dtype)
+    rotation = rotation_matrix(x.device, dtype)
     groups = x.to(torch.bfloat16).unflatten(-1, (-1, BLOCK)).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         return (groups @ rotation).to(torch.bfloat16).flatten(-2)
 
 
-def rotation_matrix() -> Float[Tensor, "16 16"]:
-    """R = diag(SIGNS) H / 4 with Sylvester's H, float32."""
-    H = torch.ones(1, 1)
+@cache
+@torch.inference_mode(False)
+def rotation_matrix(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Float[Tensor, "16 16"]:
+    """R = diag(SIGNS) H / 4 with Sylvester's H, on the CPU or another device. Kept, as it is small and asked for in
+    every layer: not to be changed in place."""
+    H = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     for _ in range(4):
         H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
-    return torch.tensor(SIGNS, dtype=torch.float32)[:, None] * H / 4
+    return (torch.tensor(SIGNS, dtype=torch.float32, device="cpu")[:, None] * H / 4).to(device or "cpu", dtype)
 
 
 def swizzle(scales: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ and nothing of X is kept.
 dY likewise is quantised twice. Its random bits are drawn in backward, which runs once also where activations are
 computed again.
 
+At the end of training (`StepClock.over`) Y is computed in high precision; what is kept, and backward, stay as they are.
+
 Autocast does not reach in here: operands are quantised from what they are given as, sums and bias are float32, and the
 output has autocast's dtype, or else that of X.
 """
@@ -91,14 +93,16 @@ class QuantisedLinear(torch.autograd.Function):
             else:
                 assert master is not None
                 w = quantised(master, recipe.weights, tiles=recipe.weight_tiles)
-            y = plan.matmul(quantised(rows, recipe.activations, amax_rows), w)[: len(x)]
-            if bias is not None:
-                y += bias
+            y = None
+            if not plan.clock.over:
+                y = plan.matmul(quantised(rows, recipe.activations, amax_rows), w)[: len(x)]
+                if bias is not None:
+                    y += bias
             kept_x = None if columns is None else quantised(columns, recipe.activations, amax_columns)
             keep(ctx, w if needs_dx else None, kept_x)
         ctx.plan = plan
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, master, bias)]
-        return y.to(out_dtype)
+        return high_precision(x, weight_of(master, codes), bias) if y is None else y.to(out_dtype)
 
     @staticmethod
     @once_differentiable
@@ -148,6 +152,19 @@ def add_means(
     return (y.unflatten(-2, (length // tokens, tokens)) + means.unsqueeze(-2)).flatten(-3, -2)
 
 
+def weight_of(master: Tensor | None, codes: QuantisedTensor | None) -> Tensor:
+    """The numbers of a weight, or what its codes say."""
+    if codes is not None:
+        return codes.dequantise()
+    assert master is not None
+    return master
+
+
+def high_precision(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer in autocast's dtype or else in x's, as it would be without NVFP4."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def output_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer's output is: autocast's dtype where that is on, else the input's."""
     device_type = x.device.type
@@ -168,7 +185,7 @@ def along_tokens(rows: Float[Tensor, "l d"], recipe: NVFP4Recipe, rule: str | No
     if rule is not None:
         return hadamard(columns)
     groups = columns.float().unflatten(-1, (columns.shape[-1] // BLOCK, BLOCK))
-    return (groups.double() @ rotation_matrix().to(groups.device, torch.float64)).flatten(-2).float()
+    return (groups.double() @ rotation_matrix(groups.device, torch.float64)).flatten(-2).float()
 
 
 def quantised(

@@ -1,11 +1,12 @@
-"""The NVFP4 quantiser as one Triton kernel: the bits of `format.py`, with x read once after its amax.
+"""NVFP4's passes over memory as Triton kernels, to the bits of `format.py` and `recipe.py`: `encode_rows`, which reads
+x once after its amax, `decode_values` and `hash_bits`.
 
-A program encodes 16 rows by a few blocks of 16 columns: one lane per block, which goes through its 16 elements in
-order, once for their largest magnitude, under a 4/6 rule once for the errors of both scales, and once for the codes
-(the second and third time they come from the cache). So errors are summed one after the other, and a tile's 16 rows are
-next to each other for the tree of sums.
+A program of the encoder takes 16 rows by a few blocks of 16 columns: one lane per block, which goes through its 16
+elements in order, once for their largest magnitude, under a 4/6 rule once for the errors of both scales, and once for
+the codes (the second and third time they come from the cache). So errors are summed one after the other, and a tile's
+16 rows are next to each other for the tree of sums.
 
-What keeps the bits equal to the float32 operations of `format.py`: divisions round to nearest (`div_rn`, as Triton's
+What keeps its bits equal to the float32 operations of `format.py`: divisions round to nearest (`div_rn`, as Triton's
 own are approximate), products and sums are not fused (`enable_fp_fusion=False`), and both roundings, to E2M1 and to
 E4M3, are sums of float32 in place of hardware conversions, which not every GPU has.
 """
@@ -24,6 +25,11 @@ from torch import Tensor
 from longlive.precision.nvfp4.format import BLOCK, LIMITS, MAX_FLOAT
 
 BLOCKS_PER_PROGRAM = 16
+"""Of the encoder."""
+BLOCKS_DECODED = 128
+"""By one program."""
+TOKENS_HASHED, WORDS_HASHED = 16, 64
+"""By one program, and words of four bytes."""
 
 
 def encode_rows(x: Tensor, amax: Tensor, rule: str, tiles: bool, random_bits: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -34,18 +40,13 @@ def encode_rows(x: Tensor, amax: Tensor, rule: str, tiles: bool, random_bits: Te
     packed = torch.empty((*batch, num_rows, k // 2), dtype=torch.uint8, device=x.device)
     scales = torch.empty((*batch, num_rows, num_blocks), dtype=torch.uint8, device=x.device)
     M, E = LIMITS[rule]
-    # The matrix's scales by torch's own operations; a number of Python's would be divided by as a product.
-    limit = torch.full((), M * E, device=x.device)
-    encode_scale = (limit / amax).clamp_(max=MAX_FLOAT).masked_fill_(amax == 0, 1.0).reshape(-1)
     bits = packed if random_bits is None else random_bits.reshape(-1, k)
     grid = (triton.cdiv(len(rows), BLOCK), triton.cdiv(num_blocks, BLOCKS_PER_PROGRAM))
-    with torch.cuda.device(x.device):
+    with torch.cuda.device_of(x):
         _encode_kernel[grid](
             rows,
             bits,
             amax.reshape(-1),
-            encode_scale,
-            encode_scale.reciprocal(),
             packed.view(torch.int32),
             scales,
             len(rows),
@@ -67,9 +68,39 @@ def encode_rows(x: Tensor, amax: Tensor, rule: str, tiles: bool, random_bits: Te
     return packed, scales.view(torch.float8_e4m3fn)
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def decode_values(packed: Tensor, scales: Tensor) -> Tensor:
+    """v * s of codes `[... k/2]` with scales `[... k/16]` on a GPU, bfloat16 `[... k]`."""
+    packed, scales = packed.contiguous(), scales.contiguous()
+    values = torch.empty((*packed.shape[:-1], 2 * packed.shape[-1]), dtype=torch.bfloat16, device=packed.device)
+    num_blocks = scales.numel()
+    if num_blocks:
+        with torch.cuda.device_of(packed):
+            _decode_kernel[(triton.cdiv(num_blocks, BLOCKS_DECODED),)](
+                packed, scales.view(torch.uint8), values, num_blocks, blocks=BLOCKS_DECODED
+            )
+    return values
+
+
+def hash_bits(keys: tuple[int, int, int], positions: Tensor, features: int) -> Tensor:
+    """`recipe.hashed_bits` on a GPU.
+
+    Args:
+        keys: 32 bits for the lower half of a position, for the upper half, and for the features; signed.
+    """
+    bits = torch.empty((len(positions), features), dtype=torch.uint8, device=positions.device)
+    num_words = features // 4
+    grid = (triton.cdiv(len(positions), TOKENS_HASHED), triton.cdiv(num_words, WORDS_HASHED))
+    if bits.numel():
+        with torch.cuda.device_of(positions):
+            _hash_kernel[grid](
+                positions, bits.view(torch.int32), *keys, len(positions), num_words, TOKENS_HASHED, WORDS_HASHED
+            )
+    return bits
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
     """`triton.jit` of the function as written: Triton reads its source, and not what type checking wraps it in."""
-    return triton.jit(inspect.unwrap(function))
+    return triton.jit(inspect.unwrap(function), **options)
 
 
 @compiled
@@ -138,8 +169,6 @@ def _encode_kernel(
     x_ptr: tl.tensor,
     bits_ptr: tl.tensor,
     amax_ptr: tl.tensor,
-    encode_scale_ptr: tl.tensor,
-    decode_scale_ptr: tl.tensor,
     packed_ptr: tl.tensor,
     scales_ptr: tl.tensor,
     num_rows: tl.tensor,
@@ -163,8 +192,10 @@ def _encode_kernel(
     inside = (row < num_rows) & (block < num_blocks)
     matrix = tl.minimum(row, num_rows - 1) // rows_per_matrix
     amax = tl.broadcast_to(tl.load(amax_ptr + matrix), (16, blocks))
-    encode_scale = tl.broadcast_to(tl.load(encode_scale_ptr + matrix), (16, blocks))
-    decode_scale = tl.broadcast_to(tl.load(decode_scale_ptr + matrix), (16, blocks))
+    one = tl.full((16, blocks), 1.0, tl.float32)
+    encode_scale = tl.div_rn(tl.full((16, blocks), limit, tl.float32), amax)
+    encode_scale = tl.where(amax == 0, 1.0, tl.where(encode_scale > max_float, max_float, encode_scale))
+    decode_scale = tl.div_rn(one, encode_scale)
     first = x_ptr + row * stride_row + block * 16 * stride_column
     first_bits = bits_ptr + row * bits_stride_row + block * 16 * bits_stride_column
 
@@ -183,7 +214,6 @@ def _encode_kernel(
     h = tl.div_rn(largest, tl.full((16, blocks), max_element, tl.float32)) * encode_scale
     h = tl.where(is_bad == 1, float("nan"), h)
     code_6, scale_6 = _round_scale(tl.where(h > 448.0, 448.0, h))
-    one = tl.full((16, blocks), 1.0, tl.float32)
     inverse_6 = tl.div_rn(one, scale_6 * decode_scale)
     inverse = tl.where(inverse_6 > max_float, max_float, inverse_6)
     scale_code = code_6
@@ -229,3 +259,74 @@ def _encode_kernel(
             sign = (x.to(tl.int32, bitcast=True) >> 28) & 8
             codes = codes | ((code | sign) << (4 * j))
         tl.store(packed_ptr + (row * num_blocks + block) * 2 + word, codes, inside)
+
+
+@compiled
+def _decode_kernel(
+    packed_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    num_blocks: tl.tensor,
+    blocks: tl.constexpr,
+) -> None:
+    """16 values of each of so many blocks."""
+    block = tl.program_id(0).to(tl.int64) * blocks + tl.arange(0, blocks)[:, None]
+    inside = block < num_blocks
+    scale = _scale_of(tl.load(scales_ptr + block, inside, 0).to(tl.int32))
+    column = tl.arange(0, 16)[None, :]
+    byte = tl.load(packed_ptr + block * 8 + column // 2, inside, 0).to(tl.int32)
+    code = (byte >> ((column % 2) * 4)) & 15
+    magnitude = code & 7
+    # Twice the element: 0 1 2 3 4 6 8 12.
+    twice = tl.where(magnitude < 4, magnitude, tl.where(magnitude < 6, 2 * magnitude - 4, 4 * magnitude - 16))
+    element = _with_sign(twice.to(tl.float32) * 0.5, code >> 3)
+    tl.store(values_ptr + block * 16 + column, (element * scale).to(tl.bfloat16), inside)
+
+
+@compiled
+def _scale_of(bits: tl.tensor) -> tl.tensor:
+    """The float of E4M3 bits."""
+    normal = (((bits & 0x7F) << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    scale = tl.where((bits & 0x78) == 0, (bits & 7).to(tl.float32) * 0.001953125, normal)
+    scale = tl.where((bits & 0x7F) == 0x7F, float("nan"), scale)
+    return _with_sign(scale, bits >> 7)
+
+
+@compiled
+def _with_sign(magnitude: tl.tensor, sign: tl.tensor) -> tl.tensor:
+    """Zero has one, too."""
+    return (magnitude.to(tl.int32, bitcast=True) | (sign << 31)).to(tl.float32, bitcast=True)
+
+
+def _hash(
+    positions_ptr: tl.tensor,
+    words_ptr: tl.tensor,
+    key_low: tl.tensor,
+    key_high: tl.tensor,
+    key_features: tl.tensor,
+    num_tokens: tl.tensor,
+    num_words: tl.tensor,
+    tokens: tl.constexpr,
+    words: tl.constexpr,
+) -> None:
+    """Words of four random bytes, `tokens` x `words` of them."""
+    token = (tl.program_id(0) * tokens + tl.arange(0, tokens)).to(tl.int64)[:, None]
+    word = tl.program_id(1) * words + tl.arange(0, words)[None, :]
+    inside = (token < num_tokens) & (word < num_words)
+    position = tl.load(positions_ptr + token, token < num_tokens, 0)
+    row = _mix(position.to(tl.int32) ^ key_low)
+    row = _mix(row ^ (position >> 32).to(tl.int32) ^ key_high)
+    column = _mix(word ^ key_features)
+    tl.store(words_ptr + token * num_words + word, _mix(row + column), inside)
+
+
+@compiled
+def _mix(x: tl.tensor) -> tl.tensor:
+    """`recipe.mix`; 0x846CA68B as a signed number."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -2073254261
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+# Compiled for any key: every layer, operand and step has another one.
+_hash_kernel = compiled(_hash, do_not_specialize=["key_low", "key_high", "key_features"])

@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, zeros
-from torch.nn import functional as F
 
 from longlive.parallel.materialise import local_part
 from longlive.precision.nvfp4.backends.base import Backend
 from longlive.precision.nvfp4.format import BLOCK, RULES, QuantisedTensor, quantise
-from longlive.precision.nvfp4.gemms import add_means, split_means
+from longlive.precision.nvfp4.gemms import add_means, high_precision, split_means, weight_of
 from longlive.precision.nvfp4.recipe import NVFP4Recipe, StepClock
 from longlive.typing import Float, Tensor
 
@@ -137,9 +136,7 @@ class NVFP4Linear(nn.Linear):
     @torch.compiler.disable
     def forward(self, input: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
         """Not compiled with what surrounds it: compiled division is approximate, and the codes would be others."""
-        if self.clock.over:
-            return super().forward(input)
-        if self.recipe.mean_tokens is None:
+        if self.recipe.mean_tokens is None or self.recipe.activations is None:
             return self._quantised(input)
         return self._around_means(input, self.recipe.mean_tokens)
 
@@ -149,8 +146,7 @@ class NVFP4Linear(nn.Linear):
         rows = torch.atleast_2d(input)
         tokens = max(min(tokens, rows.shape[-2]), 1)  # of fewer tokens one mean, without padding
         means, rest = split_means(rows, tokens)
-        weight = self.weight if self.codes is None else self.codes.dequantise()
-        exact = F.linear(means, weight.to(means.dtype))
+        exact = high_precision(means, weight_of(self.weight, self.codes), None)
         return add_means(self._quantised(rest), exact, tokens).view(*input.shape[:-1], self.out_features)
 
     def _quantised(self, input: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:

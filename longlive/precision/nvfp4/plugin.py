@@ -5,9 +5,9 @@ Random bits of stochastic rounding come from a clock that all layers share. This
 the step is the Trainer's when a backward begins (nothing is drawn earlier), and the rank's place among the others is
 read when Lightning connects the plugin. A resumed run and one that was never interrupted draw the same.
 
-The error of NVFP4 in a loss does not shrink with the loss. So the last steps may multiply in bfloat16
-(`keep_last_steps_bf16`): the network settles on what it will be rolled out in. (arXiv 2509.25149 ends its training so,
-with the forward products alone; here the two came out alike.) These steps take bfloat16's memory and time.
+The error of NVFP4 in a loss does not shrink with the loss. So the forward products of the last steps are in bfloat16
+(`keep_last_steps_bf16`), as in arXiv 2509.25149: the network settles on what it will be rolled out in. Backward's stay
+in NVFP4, and with them what is kept in between: these steps take no more memory.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class NVFP4Precision(LinearPrecision):
         backend: `emulated`, `transformer_engine`, `torchao`, or `auto`, the best that runs here and computes the
             recipe.
         layers, keep_last_blocks_bf16: see `LayerSelection`.
-        keep_last_steps_bf16: share of the Trainer's `max_steps`, the last ones, in which all layers multiply in
-            bfloat16. Such a run is for rollouts in bfloat16.
+        keep_last_steps_bf16: share of the Trainer's `max_steps`, the last ones, whose forward products are in bfloat16.
+            Such a run is for rollouts in bfloat16. Of a network's own plugin alone: a role's has no steps.
         seed: of the random bits; the run's.
 
     Raises:
@@ -107,16 +107,7 @@ class NVFP4Precision(LinearPrecision):
             layer.backend_state.clear()
 
     def freeze(self, module: nn.Module) -> None:
-        """Drop the master weights of frozen layers: 0.5625 bytes per weight stay.
-
-        Raises:
-            ValueError: if these weights are wanted in bfloat16 later.
-        """
-        if self.keep_last_steps_bf16:
-            raise ValueError(
-                f"keep_last_steps_bf16={self.keep_last_steps_bf16} needs the weights that frozen layers in NVFP4 drop; "
-                "use 0 for them"
-            )
+        """Drop the master weights of frozen layers: 0.5625 bytes per weight stay."""
         for layer in module.modules():
             if isinstance(layer, NVFP4Linear) and self.recipe.weights is not None:
                 layer.materialize()
@@ -131,11 +122,14 @@ class NVFP4Precision(LinearPrecision):
         if self.keep_last_steps_bf16 and trainer.max_steps < 1:
             raise ValueError(
                 f"keep_last_steps_bf16={self.keep_last_steps_bf16} is a share of trainer.max_steps, which is "
-                f"{trainer.max_steps}; set it to the number of steps"
+                f"{trainer.max_steps}; set it to the number of steps, or the share to 0"
             )
         self._trainer = trainer
         if self.keep_last_steps_bf16:
-            log.info("precision nvfp4: from step %d on in bfloat16", math.ceil(self.first_step_bf16(trainer)))
+            log.info(
+                "precision nvfp4: from step %d on forward products in bfloat16",
+                math.ceil(self.first_step_bf16(trainer)),
+            )
         self.clock.stream, self.clock.reduce = trainer.global_rank, None
         if isinstance(trainer.strategy, ShardedStrategy):
             # Ranks of a sequence group share the tokens of their clips, and so a stream.

@@ -28,7 +28,7 @@ import torch
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from longlive import rng
-from longlive.precision.nvfp4.format import RULES
+from longlive.precision.nvfp4.format import HAS_TRITON, RULES
 from longlive.typing import Int, Tensor, UInt8
 
 log = logging.getLogger(__name__)
@@ -58,22 +58,22 @@ class NVFP4Recipe:
         mean_tokens: X is quantised less the mean of every so many tokens, within a sample; the mean's product and its
             gradients are in high precision, for that share of the multiplications, and are kept for backward in X's
             dtype. What tokens have in common, a good part of their energy, then does not widen their scales. How many
-            share a mean matters little (recipes/benchmarks.md); a divisor of a chunk's tokens, such as a frame's, gives
-            every split over ranks the same means. None: X is quantised as it is.
+            share a mean matters little (recipes/benchmarks.md); a divisor of a chunk's tokens, such as a frame's (880
+            of the 5B model at 704 x 1280), gives every split over ranks the same means. None: X is quantised as it is.
         reduce_amax: whether amax of activations and gradients is the largest over the sequence group, so that N ranks
             compute what one does, for two small reductions per layer. Without it each rank scales by its own.
 
     Raises:
-        ValueError: for a rule that does not exist, or means of activations that are not quantised.
+        ValueError: for a rule that does not exist, or means of fewer than two tokens.
     """
 
-    weights: str | None = "static_6"
+    weights: str | None = "mse"
     activations: str | None = "mse"
     gradients: str | None = "static_6"
     weight_tiles: bool = True
     stochastic_gradients: bool = True
     hadamard: bool = True
-    mean_tokens: int | None = None
+    mean_tokens: int | None = 880
     reduce_amax: bool = False
 
     def __post_init__(self) -> None:
@@ -83,8 +83,6 @@ class NVFP4Recipe:
                 raise ValueError(f"{operand}={rule!r} is no scale rule; use one of {', '.join(RULES)}, or null")
         if self.mean_tokens is not None and self.mean_tokens < 2:
             raise ValueError(f"mean_tokens={self.mean_tokens} tokens have no mean to speak of; use 2 or more, or null")
-        if self.mean_tokens is not None and self.activations is None:
-            raise ValueError(f"mean_tokens={self.mean_tokens} splits activations, and activations=null rounds none")
         if self.gradients in ADAPTIVE_RULES and self.stochastic_gradients:
             warn_of_bias(self.gradients)
 
@@ -110,7 +108,7 @@ class StepClock:
             with `NVFP4Recipe.reduce_amax`. None: this process is alone.
 
     Attributes:
-        over: the steps in NVFP4 are over: layers multiply as they would without it.
+        over: the steps whose forward products are NVFP4 are over. Backward's stay.
     """
 
     def __init__(self, seed: int = 0, *, stream: int = 0, reduce: Reduce | None = None) -> None:
@@ -183,9 +181,14 @@ def hashed_bits(key: int, positions: Int[Tensor, " tokens"], features: int) -> U
         positions: int64.
         features: a multiple of 4.
     """
-    rows = mix(low_bits(positions) ^ as_int32(key))
-    rows = mix(rows ^ low_bits(positions >> 32) ^ as_int32(key >> 32))
-    columns = mix(torch.arange(features // 4, dtype=torch.int32, device=positions.device) ^ as_int32(key >> 16))
+    key_low, key_high, key_features = as_int32(key), as_int32(key >> 32), as_int32(key >> 16)
+    if positions.is_cuda and HAS_TRITON:
+        from longlive.precision.nvfp4 import kernels
+
+        return kernels.hash_bits((key_low, key_high, key_features), positions, features)
+    rows = mix(low_bits(positions) ^ key_low)
+    rows = mix(rows ^ low_bits(positions >> 32) ^ key_high)
+    columns = mix(torch.arange(features // 4, dtype=torch.int32, device=positions.device) ^ key_features)
     return mix(rows[:, None] + columns).view(torch.uint8)
 
 

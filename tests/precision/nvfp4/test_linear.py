@@ -29,6 +29,10 @@ def linear(features=64, out=96, seed=0, **options):
     return layer
 
 
+WHOLE = NVFP4Recipe(mean_tokens=None)
+"""Tokens have nothing to do with each other."""
+
+
 def nvfp4(layer, recipe=None, name="layer", clock=None):
     return NVFP4Linear.from_linear(layer, recipe or NVFP4Recipe(), EmulatedBackend(), name, clock)
 
@@ -37,11 +41,11 @@ def gaussian(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def block(clock=None):
+def block(clock=None, recipe=None):
     """Two layers with something between them."""
     clock = clock or StepClock()
     first, second = linear(64, 96, seed=0), linear(96, 64, seed=1)
-    return nn.Sequential(nvfp4(first, name="first", clock=clock), nn.GELU(), nvfp4(second, name="second", clock=clock))
+    return nn.Sequential(nvfp4(first, recipe, "first", clock), nn.GELU(), nvfp4(second, recipe, "second", clock))
 
 
 def gradients(network, x, dy, call=None):
@@ -98,7 +102,7 @@ def test_a_layer_can_be_replaced_on_meta_and_filled_later():
 
 
 def test_any_dims_before_the_features_are_tokens():
-    layer, x = nvfp4(linear()), gaussian(2, 3, 7, 64)
+    layer, x = nvfp4(linear(), WHOLE), gaussian(2, 3, 7, 64)
     assert torch.equal(layer(x), layer(x.flatten(0, 2)).view(2, 3, 7, 96))
     assert layer(x[0, 0, 0]).shape == (96,)
     assert layer(x.transpose(1, 2)).shape == (2, 7, 3, 96)
@@ -107,7 +111,7 @@ def test_any_dims_before_the_features_are_tokens():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_gives_the_output_its_dtype_and_every_gradient_its_tensor_s(dtype):
     """Inside, autocast would round fp32 sums to bfloat16 between the GEMM and the bias."""
-    layer = nvfp4(linear())
+    layer = nvfp4(linear(), WHOLE)
     x = gaussian(40, 64).to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
@@ -173,7 +177,7 @@ def test_a_copy_draws_by_the_same_clock_with_weights_of_its_own():
 
 def test_lora_wraps_it_and_trains_its_matrices_alone():
     network = nn.Sequential()
-    network.add_module("q", nvfp4(linear()))
+    network.add_module("q", nvfp4(linear(), WHOLE))
     adapted = peft.get_peft_model(network, peft.LoraConfig(r=4, target_modules=["q"], init_lora_weights=False))
     base = adapted.base_model.model.q.base_layer
     assert isinstance(base, NVFP4Linear)
@@ -203,7 +207,7 @@ def test_means_of_tokens_are_multiplied_in_high_precision(packed, num_tokens):
     recipe = NVFP4Recipe(gradients=None, hadamard=False, mean_tokens=16)
     layer = nvfp4(linear(64, 96), recipe)
     weight = layer.weight.detach().double()
-    codes = quantise(layer.weight, "static_6", tiles=True).dequantise().double()
+    codes = quantise(layer.weight, "mse", tiles=True).dequantise().double()
     if packed:
         layer.requires_grad_(False).materialize()
     x = (gaussian(2, num_tokens, 64) + 3 * gaussian(64, seed=5)).requires_grad_()
@@ -249,7 +253,7 @@ def test_of_a_frame_s_mean_little_is_kept_for_backward():
 
 @pytest.mark.parametrize("tiles", [True, False])
 def test_a_packed_layer_is_the_frozen_one_at_a_quarter_of_the_bytes(tiles):
-    layer = nvfp4(linear(256, 512).requires_grad_(False), NVFP4Recipe(weight_tiles=tiles))
+    layer = nvfp4(linear(256, 512).requires_grad_(False), NVFP4Recipe(weight_tiles=tiles, mean_tokens=None))
     x = gaussian(40, 256).requires_grad_()
     before = layer(x)
     (expected,) = torch.autograd.grad(before.sum(), x)
@@ -263,21 +267,21 @@ def test_a_packed_layer_is_the_frozen_one_at_a_quarter_of_the_bytes(tiles):
     assert list(layer.state_dict()) == ["bias", *PACKED]
     held = sum(tensor.nbytes for name, tensor in layer.state_dict().items() if name in PACKED)
     assert 0.5625 * weight.numel() <= held <= 0.5626 * weight.numel()
-    assert torch.equal(layer.codes.dequantise(), quantise(weight, "static_6", tiles=tiles).dequantise())
+    assert torch.equal(layer.codes.dequantise(), quantise(weight, "mse", tiles=tiles).dequantise())
 
 
 @pytest.mark.parametrize("tiles", [True, False])
 def test_packed_layers_load_where_masters_were(tmp_path, tiles):
-    """The rule travels with the codes: another one would scale every weight by 448 / 256. Scales of rows that are taken
+    """The rule travels with the codes: another one would scale every weight by 256 / 448. Scales of rows that are taken
     for those of tiles give another gradient of the input."""
-    recipe = NVFP4Recipe(weights="mse", weight_tiles=tiles)
+    recipe = NVFP4Recipe(weights="static_6", weight_tiles=tiles)
     stored = nvfp4(linear().requires_grad_(False), recipe)
     stored.materialize()
     x = gaussian(40, 64)
     fresh = nvfp4(linear(seed=9).requires_grad_(False))
     fresh.load_state_dict(stored.state_dict())
     assert torch.equal(fresh(x), stored(x))
-    assert (fresh.rule, fresh.tiles, fresh.packing) == ("mse", tiles, "mse" if tiles else "mse_1x16")
+    assert (fresh.rule, fresh.tiles, fresh.packing) == ("static_6", tiles, "static_6" if tiles else "static_6_1x16")
 
     save_file(stored.state_dict(), tmp_path / "layer.safetensors")
     for layer in (nvfp4(linear(seed=9).requires_grad_(False), recipe), stored):
@@ -328,7 +332,7 @@ def test_casting_a_network_leaves_codes_and_scales_what_they_are():
 
 
 def sharded_gradients():
-    network, mesh = block(), init_device_mesh("cpu", (2,))
+    network, mesh = block(recipe=WHOLE), init_device_mesh("cpu", (2,))
     for layer in network:
         fully_shard(layer, mesh=mesh)
     fully_shard(network, mesh=mesh)
@@ -341,23 +345,26 @@ def sharded_gradients():
 
 
 def test_sharded_weights_give_the_gradients_of_whole_ones_and_are_not_held_back():
-    expected = gradients(block(), gaussian(48, 64), gaussian(48, 64, seed=2))
+    expected = gradients(block(recipe=WHOLE), gaussian(48, 64), gaussian(48, 64, seed=2))
     for actual, weights in run_on_ranks(sharded_gradients, 2):
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
         assert not weights
 
 
+TOGETHER = NVFP4Recipe(reduce_amax=True, mean_tokens=64)
+
+
 def gradients_of_half():
     clock = StepClock(reduce=largest_over(dist.group.WORLD))
     half = slice(64 * dist.get_rank(), 64 * (dist.get_rank() + 1))
     clock.place_tokens(half.start)
-    layer = nvfp4(linear(), NVFP4Recipe(reduce_amax=True), clock=clock)
+    layer = nvfp4(linear(), TOGETHER, clock=clock)
     return gradients(layer, gaussian(128, 64)[half], gaussian(128, 96, seed=2)[half])
 
 
 def test_two_ranks_of_a_sequence_group_compute_what_one_process_does():
-    layer = nvfp4(linear(), NVFP4Recipe(reduce_amax=True))
+    layer = nvfp4(linear(), TOGETHER)
     expected = gradients(layer, gaussian(128, 64), gaussian(128, 96, seed=2))
     of_ranks = run_on_ranks(gradients_of_half, 2)
     for first, second, whole in zip(*of_ranks, expected, strict=True):

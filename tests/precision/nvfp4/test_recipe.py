@@ -21,7 +21,6 @@ def test_a_rule_that_does_not_exist_is_refused_with_those_that_do(operand):
     ("settings", "reason"),
     [
         ({"mean_tokens": 1}, "mean_tokens=1 tokens have no mean to speak of; use 2 or more, or null"),
-        ({"mean_tokens": 64, "activations": None}, "mean_tokens=64 splits activations, and activations=null"),
     ],
 )
 def test_means_that_change_nothing_are_refused(settings, reason):

@@ -9,6 +9,9 @@ largest element is 6.
 Its `NVFP4BlockScaling` is our recipe with `static_6` everywhere. Two differences cannot be configured away: random bits
 come from the device's generator, so a resumed run and another number of ranks draw others, and amax is each rank's own.
 
+Where the last steps' forward products are in high precision (`StepClock.over`), backward's are too: a layer is
+Transformer Engine's or it is not.
+
 The transform wants bfloat16, so inputs and outputs are bfloat16 inside.
 """
 
@@ -21,7 +24,7 @@ import torch
 from torch import nn
 
 from longlive.precision.nvfp4.backends.base import Backend, describe_device, has_fp4_gemms
-from longlive.precision.nvfp4.gemms import output_dtype, pad_tokens
+from longlive.precision.nvfp4.gemms import high_precision, output_dtype, pad_tokens, weight_of
 from longlive.precision.nvfp4.linear import NVFP4Linear
 from longlive.precision.nvfp4.recipe import NVFP4Recipe
 from longlive.typing import Float, Tensor
@@ -73,6 +76,8 @@ class TransformerEngineBackend(Backend):
         return refusal(recipe)
 
     def linear(self, layer: NVFP4Linear, x: Float[Tensor, "tokens features"]) -> Float[Tensor, "tokens out"]:
+        if layer.clock.over:
+            return high_precision(x, weight_of(layer.weight, layer.codes), layer.bias)
         out_dtype = output_dtype(x)
         recipe = self._block_scaling(layer.recipe)
         if "twin" not in layer.backend_state:

@@ -11,7 +11,7 @@ from longlive.precision.nvfp4.backends.torchao import TorchAOBackend
 from longlive.precision.nvfp4.backends.transformer_engine import TransformerEngineBackend
 from longlive.precision.nvfp4.recipe import NVFP4Recipe
 
-STATIC = NVFP4Recipe(activations="static_6")
+STATIC = NVFP4Recipe(weights="static_6", activations="static_6")
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_auto_takes_transformer_engine_where_it_computes_the_recipe():
 def test_auto_passes_over_a_backend_that_would_compute_another_recipe_and_says_why(caplog):
     with caplog.at_level(logging.INFO):
         assert isinstance(choose_backend("auto", NVFP4Recipe()), EmulatedBackend)
-    assert "not transformer_engine: it does not compute activations=mse" in caplog.messages[0]
+    assert "not transformer_engine: it does not compute weights=mse, activations=mse" in caplog.messages[0]
     assert "not torchao: its weights do not learn" in caplog.messages[0]
     assert "emulated on B200 (compute capability 10.0)" in caplog.messages[1]
 
@@ -85,7 +85,7 @@ def test_auto_takes_torchao_for_rollouts_where_transformer_engine_is_missing(mon
 @pytest.mark.usefixtures("blackwell")
 def test_a_named_backend_that_would_compute_another_recipe_is_an_error():
     with pytest.raises(
-        ValueError, match="backend=transformer_engine cannot do what is asked: it does not compute activ"
+        ValueError, match="backend=transformer_engine cannot do what is asked: it does not compute weigh"
     ):
         choose_backend("transformer_engine", NVFP4Recipe())
     with pytest.raises(ValueError, match="backend=torchao cannot do what is asked: its weights do not learn"):

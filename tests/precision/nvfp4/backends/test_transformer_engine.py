@@ -3,6 +3,7 @@ Blackwell; a stand-in with its interface shows what it is called with."""
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -18,7 +19,7 @@ from longlive.precision.nvfp4.backends.transformer_engine import (
 from longlive.precision.nvfp4.linear import NVFP4Linear
 from longlive.precision.nvfp4.recipe import NVFP4Recipe
 
-STATIC = NVFP4Recipe(activations="static_6")
+STATIC = NVFP4Recipe(weights="static_6", activations="static_6", mean_tokens=None)
 
 
 class StandIn:
@@ -107,11 +108,11 @@ def test_an_old_version_or_an_old_device_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("recipe", "named"),
     [
-        (NVFP4Recipe(), "activations=mse"),
-        (NVFP4Recipe(weights=None, activations="static_6"), "weights=null"),
-        (NVFP4Recipe(activations="static_6", gradients="static_4"), "gradients=static_4"),
-        (NVFP4Recipe(activations="static_6", reduce_amax=True), "reduce_amax=true"),
-        (NVFP4Recipe(activations="static_6", weight_tiles=False), "weight_tiles=false"),
+        (NVFP4Recipe(), "weights=mse, activations=mse"),
+        (replace(STATIC, weights=None), "weights=null"),
+        (replace(STATIC, gradients="static_4"), "gradients=static_4"),
+        (replace(STATIC, reduce_amax=True), "reduce_amax=true"),
+        (replace(STATIC, weight_tiles=False), "weight_tiles=false"),
     ],
 )
 def test_settings_that_it_does_not_have_are_refused_by_name(recipe, named):
@@ -121,7 +122,7 @@ def test_settings_that_it_does_not_have_are_refused_by_name(recipe, named):
 
 def test_the_recipe_is_passed_on_in_full():
     assert refusal(STATIC) is None
-    assert block_scaling_settings(NVFP4Recipe(activations="static_6", hadamard=False)) == {
+    assert block_scaling_settings(replace(STATIC, hadamard=False)) == {
         "disable_rht": True,
         "disable_stochastic_rounding": False,
         "disable_2d_quantization": False,
