@@ -176,8 +176,8 @@ class NVFP4Linear(nn.Linear):
         return self.rule is not None
 
     def materialize(self) -> None:
-        """Replace a frozen master weight by its codes. Called again, it does nothing. On meta the codes have no memory
-        either; `pack` fills them.
+        """Replace a frozen master weight by its codes, also where it was multiplied in high precision, by means. Called
+        again, it does nothing. On meta the codes have no memory either; `pack` fills them.
 
         Raises:
             ValueError: if the weight learns, is sharded, or stays in high precision by the recipe.
