@@ -128,6 +128,36 @@ class QuantisedLinear(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
+class ExactProduct(torch.autograd.Function):
+    """`x weight^T` in autocast's dtype or else x's, for means. Kept for backward are x, and the parameter or the codes:
+    a copy of the weight in that dtype would be one of the whole network at the end of its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, master: Tensor | None, codes: QuantisedTensor | None) -> Tensor:
+        dtype = output_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            kept_x = x.to(dtype)
+            y = F.linear(kept_x, weight_of(master, codes).to(dtype))
+        needs_dx, needs_dw, _ = ctx.needs_input_grad
+        keep(ctx, (master if codes is None else codes) if needs_dx else None, kept_x if needs_dw else None)
+        ctx.dtypes = x.dtype, None if master is None else master.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        w, x = kept(ctx)
+        dx = dw = None
+        with torch.autocast(gradient.device.type, enabled=False):
+            if w is not None:
+                weight = w.dequantise() if isinstance(w, QuantisedTensor) else w
+                dx = (gradient @ weight.to(gradient.dtype)).to(ctx.dtypes[0])
+            if x is not None:
+                assert isinstance(x, Tensor)
+                dw = (gradient.flatten(0, -2).t() @ x.flatten(0, -2)).to(ctx.dtypes[1])
+        return dx, dw, None
+
+
 def split_means(
     x: Float[Tensor, "*batch tokens d"], tokens: int
 ) -> tuple[Float[Tensor, "*batch groups d"], Float[Tensor, "*batch tokens d"]]:

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, zeros
 from longlive.parallel.materialise import local_part
 from longlive.precision.nvfp4.backends.base import Backend
 from longlive.precision.nvfp4.format import BLOCK, RULES, QuantisedTensor, quantise
-from longlive.precision.nvfp4.gemms import add_means, high_precision, split_means, weight_of
+from longlive.precision.nvfp4.gemms import ExactProduct, add_means, split_means
 from longlive.precision.nvfp4.recipe import NVFP4Recipe, StepClock
 from longlive.typing import Float, Tensor
 
@@ -141,12 +141,11 @@ class NVFP4Linear(nn.Linear):
         return self._around_means(input, self.recipe.mean_tokens)
 
     def _around_means(self, input: Float[Tensor, "*batch features"], tokens: int) -> Float[Tensor, "*batch out"]:
-        """Backends see what differs from the means. Of these the weight's gradient wants the weight in autocast's
-        dtype, which is held until backward, as everywhere in mixed precision."""
+        """Backends see what differs from the means."""
         rows = torch.atleast_2d(input)
         tokens = max(min(tokens, rows.shape[-2]), 1)  # of fewer tokens one mean, without padding
         means, rest = split_means(rows, tokens)
-        exact = high_precision(means, weight_of(self.weight, self.codes), None)
+        exact = ExactProduct.apply(means, self.weight, self.codes)
         return add_means(self._quantised(rest), exact, tokens).view(*input.shape[:-1], self.out_features)
 
     def _quantised(self, input: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:

@@ -1,6 +1,7 @@
 """The layer in its surroundings: Parameters, autocast, checkpointing, sharding, LoRA, packed weights."""
 
 import copy
+from functools import partial
 
 import peft
 import pytest
@@ -238,7 +239,7 @@ def test_what_tokens_have_in_common_does_not_widen_their_scales():
 
 
 def test_of_a_frame_s_mean_little_is_kept_for_backward():
-    """0.5625 bytes per element of X, and the means of 880 tokens in bfloat16; what the weight needs is apart."""
+    """0.5625 bytes per element of X, and the means of 880 tokens in bfloat16; of the weight the parameter and codes."""
     layer, saved = nvfp4(linear(256, 32), NVFP4Recipe(mean_tokens=880)), []
     x = gaussian(1, 4 * 880, 256).bfloat16()
     with (
@@ -246,7 +247,9 @@ def test_of_a_frame_s_mean_little_is_kept_for_backward():
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
     ):
         layer(x)
-    kept = [tensor for tensor in saved if tensor.numel() != layer.weight.numel()]
+    assert not [tensor for tensor in saved if tensor.dtype == torch.bfloat16 and tensor.shape == layer.weight.shape]
+    of_weight = {layer.weight.numel() // part for part in (1, 2, 16)}  # the parameter, or its codes and their scales
+    kept = [tensor for tensor in saved if tensor.numel() not in of_weight]
     assert any(tensor.numel() == 4 * 256 for tensor in kept), "the means, for the weight's gradient"
     assert sum(tensor.nbytes for tensor in kept) <= 0.57 * x.numel()
 
@@ -353,8 +356,8 @@ def test_casting_a_network_leaves_codes_and_scales_what_they_are():
         assert torch.equal(ours, theirs)
 
 
-def sharded_gradients():
-    network, mesh = block(recipe=WHOLE), init_device_mesh("cpu", (2,))
+def sharded_gradients(recipe):
+    network, mesh = block(recipe=recipe), init_device_mesh("cpu", (2,))
     for layer in network:
         fully_shard(layer, mesh=mesh)
     fully_shard(network, mesh=mesh)
@@ -366,12 +369,14 @@ def sharded_gradients():
     return [parameter.grad.full_tensor() for parameter in network.parameters()], weights
 
 
-def test_sharded_weights_give_the_gradients_of_whole_ones_and_are_not_held_back():
-    expected = gradients(block(recipe=WHOLE), gaussian(48, 64), gaussian(48, 64, seed=2))
-    for actual, weights in run_on_ranks(sharded_gradients, 2):
+@pytest.mark.parametrize("recipe", [WHOLE, NVFP4Recipe()], ids=["whole", "means"])
+def test_sharded_weights_give_the_gradients_of_whole_ones_and_are_not_held_back(recipe):
+    """Means keep the gathered parameter itself, whose memory sharding frees and fills again."""
+    expected = gradients(block(recipe=recipe), gaussian(48, 64), gaussian(48, 64, seed=2))
+    for actual, weights in run_on_ranks(partial(sharded_gradients, recipe), 2):
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-        assert not weights
+        assert recipe != WHOLE or not weights
 
 
 TOGETHER = NVFP4Recipe(reduce_amax=True, mean_tokens=64)
