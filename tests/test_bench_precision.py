@@ -29,12 +29,13 @@ def test_the_naive_quantiser_encodes_the_same() -> None:
 
 def test_what_is_saved_for_backward_is_what_the_formats_hold(capsys: pytest.CaptureFixture[str]) -> None:
     """Autocast keeps bfloat16 copies of input and weight, FP8 the input and the parameter itself, NVFP4 the codes of
-    both, half a byte, and a scale per 16, and amax, and a mean of 880 tokens of the input. What was no multiple of the tokens would be counted as weights."""
+    both, half a byte, and a scale per 16, and amax, and of the input the means of 880 tokens. What was no multiple of
+    the tokens would be counted as weights."""
     sizes = ("--sizes", "64x32", "32x40")
     record = bench_precision.measure(settings("--sections", "linear", *sizes, "--tokens", "32", "--repeats", "1"))
     rows = record["sections"]["linear"]["64x32"]
     per_input = {name: row["saved_bytes_per_input_element"] for name, row in rows.items()}
-    assert per_input == {"bf16": 2, "fp8": 2, "nvfp4": pytest.approx(0.5625 + 2 / 880, abs=1e-6)}
+    assert per_input == {"bf16": 2, "fp8": 2, "nvfp4": pytest.approx(0.5625 + 2 / 880, abs=1e-4)}
     per_weight = {name: row["saved_bytes_per_weight"] for name, row in rows.items()}
     assert per_weight == {"bf16": 2, "fp8": 0, "nvfp4": pytest.approx(0.5625, abs=0.01)}
     assert all(row["forward_ms"] > 0 and row["backward_ms"] > 0 for row in rows.values())
