@@ -25,12 +25,14 @@ from longlive.modules.teacher_forcing import TeacherForcingModule
 from longlive.parallel.fsdp import ShardingOptions
 from longlive.parallel.strategy import ShardedStrategy
 from longlive.precision.fp8 import FP8Precision
+from longlive.precision.nvfp4.backends import transformer_engine
 from longlive.precision.nvfp4.plugin import NVFP4Precision
 from longlive.precision.plugin import LinearPrecision
 from longlive.train import make_trainer
 
 MakePlugin = Callable[..., LinearPrecision]
 PLUGINS = pytest.mark.parametrize("make_plugin", [NVFP4Precision, FP8Precision], ids=["nvfp4", "fp8"])
+NVFP4_OPTIONS = ("nvfp4", "nvfp4_static", "nvfp4_weights")
 MODEL = WanConfig.tiny(num_layers=2, dim=32, ffn_dim=64, num_heads=2)
 
 
@@ -160,6 +162,7 @@ def test_the_clock_follows_optimizer_steps_under_accumulation(monkeypatch):
         ("bf16", "bf16-mixed", object),
         ("fp8", "fp8", FP8Precision),
         ("nvfp4", "nvfp4", NVFP4Precision),
+        ("nvfp4_static", "nvfp4", NVFP4Precision),
     ],
 )
 def test_the_option_reaches_the_trainer(tmp_path, option, name, kind):
@@ -177,6 +180,11 @@ def test_settings_reach_the_plugin(tmp_path):
     assert (plugin.recipe.activations, plugin.recipe.weights, plugin.clock.seed) == ("static_6", "mse", 7)
     plugin.convert_module(network())
     assert {layer.name.split(".")[1] for layer in plugin.layers if layer.reason is None} == {"0"}
+
+
+def test_of_the_options_one_is_what_transformer_engine_computes():
+    recipes = {name: instantiate(compose("train", [f"precision={name}"]).precision).recipe for name in NVFP4_OPTIONS}
+    assert [name for name, recipe in recipes.items() if transformer_engine.refusal(recipe) is None] == ["nvfp4_static"]
 
 
 def test_an_unknown_precision_is_answered_with_those_there_are():

@@ -125,7 +125,7 @@ def refusal(recipe: NVFP4Recipe) -> str | None:
         return None
     return (
         f"it does not compute {', '.join(wrong)}; it takes weights=static_6 weight_tiles=true activations=static_6 "
-        "gradients=static_6 reduce_amax=false"
+        "gradients=static_6 reduce_amax=false (precision=nvfp4_static)"
     )
 
 
