@@ -106,7 +106,7 @@ def test_nvfp4_packs_the_blocks_linear_layers_and_rounds_the_rest(network, tmp_p
         assert (amax.shape, amax.dtype) == ((), torch.float32)
         assert amax == weight.abs().max()
         # Of the master: of a rounded copy some codes would be others.
-        expected = quantise(weight, "static_6", tiles=True)
+        expected = quantise(weight, "mse", tiles=True)
         assert torch.equal(packed, expected.packed)
         assert torch.equal(scale.float(), expected.scales.float())
     assert len(stored) == len(network.state_dict()) + 2 * len(layers)

@@ -139,7 +139,7 @@ def test_blocks_of_one_row_multiply_right_also_backwards(network, tmp_path):
     codes = quantise(network.get_submodule(name).weight.detach(), "static_6")
     path = tmp_path / "network.safetensors"
     weights = {**network.state_dict(), f"{name}.weight": codes}
-    write_export(path, network.config, weights, NVFP4Format(layers=[name]), config=RUN, step=7)
+    write_export(path, network.config, weights, NVFP4Format(rule="static_6", layers=[name]), config=RUN, step=7)
     layer = load(path).get_submodule(name)
     layer.recipe = NVFP4Recipe(weights="static_6", activations=None, gradients=None)
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(1), requires_grad=True)

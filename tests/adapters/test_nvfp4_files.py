@@ -212,7 +212,7 @@ def test_a_network_is_packed_around_the_layers_of_a_torchao_file(tmp_path):
         )
     torchao_file(tmp_path / "torchao.safetensors", made)
     codes = {f"{layer}.weight": codes for layer, codes in read_torchao(tmp_path / "torchao.safetensors")}
-    output, format = tmp_path / "network.safetensors", NVFP4Format(layers=["blocks.*.ffn.[02]"])
+    output, format = tmp_path / "network.safetensors", NVFP4Format(rule="static_6", layers=["blocks.*.ffn.[02]"])
     write_export(output, config, network.state_dict() | codes, format, config={}, step=0)
     loaded = load_network(read_description(output), config)
     for name, tensor in made.items():

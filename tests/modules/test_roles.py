@@ -92,7 +92,7 @@ def weights_of(path: Path) -> dict[str, Tensor]:
             [("network", "student"), ("teacher_base", "teacher"), ("critic_base", "critic")],
         ),
         (
-            {"student": NVFP4Precision(), "critic": NVFP4Precision(recipe=NVFP4Recipe(weights="mse"))},
+            {"student": NVFP4Precision(), "critic": NVFP4Precision(recipe=NVFP4Recipe(weights="static_6"))},
             NVFP4Precision(),
             [("network", "student teacher"), ("critic_base", "critic")],
         ),
@@ -173,9 +173,9 @@ def test_the_runs_precision_packs_the_base_that_all_share(stage_one: Path) -> No
     """Before, it kept float32 masters that nothing learns from, and quantised them at every call."""
     plugin = NVFP4Precision()
     module = start(distillation(), stage_one, plugin)
-    assert module.held_as() == {"network": "static_6"}
+    assert module.held_as() == {"network": "mse"}
     fit(module, [batch()], plugins=[plugin])
-    assert module.held_as() == {"network": "static_6"}
+    assert module.held_as() == {"network": "mse"}
 
 
 def test_a_run_killed_in_a_cycle_goes_on_bit_for_bit(stage_one: Path, tmp_path: Path) -> None:
@@ -202,24 +202,24 @@ def test_a_run_killed_in_a_cycle_goes_on_bit_for_bit(stage_one: Path, tmp_path: 
     resumed = run(3, 1, tmp_path / "0-1.ckpt")
     for part in ("state_dict", "optimizer_states", "callbacks", "bases"):
         assert_same(resumed[part], whole[part], part)
-    assert whole["bases"] == {"network": "static_6", "teacher_base": "weights"}
+    assert whole["bases"] == {"network": "mse", "teacher_base": "weights"}
     held = [name for name in whole["state_dict"] if "ffn.0" in name and name.endswith(("weight", "packed"))]
     held = [name for name in held if "lora_" not in name]
     assert held == ["network.blocks.0.ffn.0.base_layer.weight_packed", "teacher_base.blocks.0.ffn.0.weight"]
-    with pytest.raises(ValueError, match=re.escape("the checkpoint's bases are {'network': 'static_6'")):
+    with pytest.raises(ValueError, match=re.escape("the checkpoint's bases are {'network': 'mse'")):
         fit(distillation(), batches[1:], checkpoint=tmp_path / "0-1.ckpt", precision="bf16-mixed")
 
 
 def test_codes_of_one_run_start_another_only_by_the_same_rule(stage_one: Path, tmp_path: Path) -> None:
-    """A 2-step student starts from the 4-step one; by another rule every weight would be scaled by 448 / 256."""
+    """A 2-step student starts from the 4-step one; by another rule every weight would be scaled by 256 / 448."""
     first = start(distillation(role_precision=ALL), stage_one)
     trainer = fit(first, [batch()], precision="bf16-mixed")
     path = tmp_path / "step-0000001.ckpt"
     trainer.save_checkpoint(path)
     second = start(distillation(role_precision=ALL, seed=8), path)
     assert_same(dict(second.state_dict()), dict(first.state_dict()))
-    for recipe, name in ((NVFP4Recipe("mse"), "mse"), (NVFP4Recipe(weight_tiles=False), "static_6_1x16")):
-        with pytest.raises(ValueError, match=f"packed with the rule static_6, and here with {name}; "):
+    for recipe, name in ((NVFP4Recipe("static_6"), "static_6"), (NVFP4Recipe(weight_tiles=False), "mse_1x16")):
+        with pytest.raises(ValueError, match=f"packed with the rule mse, and here with {name}; "):
             start(distillation(role_precision=dict.fromkeys(ALL, NVFP4Precision(recipe=recipe))), path)
     lacks = (
         r"no weights for (\w+)\.\S*\.self_attn\.q\.\S*weight, only NVFP4 codes, and for 9 more: .* export format=fp32"
@@ -250,11 +250,17 @@ def test_a_run_with_weights_beside_codes_starts_one_with_others_packed(
     layers = re.compile(r"ffn|attn\.[qkvo]")
     assert {name for name in names if not layers.search(name)}
     for name in names:
-        if name.endswith(("weight_packed", "weight_scale")) and not torch.equal(found[name], expected[name]):
-            # Codes of what a bfloat16 base has rounded.
-            assert (found[name] == expected[name]).float().mean() > 0.9, name
-        else:
+        if name.endswith("weight_packed"):
+            # Of what a bfloat16 base has rounded, which may turn the choice of a scale.
+            ours, theirs = (decoded(state, name.removesuffix("_packed")) for state in (found, expected))
+            assert (ours - theirs).norm() < 0.1 * theirs.norm(), name
+        elif not name.endswith("weight_scale"):
             torch.testing.assert_close(found[name].float(), expected[name].float(), atol=2e-2, rtol=1e-2)
+
+
+def decoded(state: Mapping[str, Tensor], weight: str) -> Tensor:
+    packed, scales, amax = (state[f"{weight}_{part}"] for part in ("packed", "scale", "amax"))
+    return QuantisedTensor(packed, scales.view(torch.float8_e4m3fn), amax, "mse", tiles=True).dequantise()
 
 
 def tensors(number: int, *names: str) -> dict[str, Tensor]:
@@ -310,7 +316,7 @@ def test_what_a_run_made_is_read_back_in_one_precision(stage_one: Path, tmp_path
         name = "blocks.0.ffn.0.weight"
         weight = plain.network.get_parameter(name)
         rounded = masters[name].bfloat16().float()
-        codes = quantise(masters[name], "static_6", tiles=True).dequantise()
+        codes = quantise(masters[name], "mse", tiles=True).dequantise()
         assert torch.equal(weight, rounded if exact else codes)
         learned = SimpleNamespace(**{"state": module.state_dict(), "plain": plain.state_dict()})
         for role in ("student", "critic"):

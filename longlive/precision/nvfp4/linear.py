@@ -141,11 +141,15 @@ class NVFP4Linear(nn.Linear):
         return self._around_means(input, self.recipe.mean_tokens)
 
     def _around_means(self, input: Float[Tensor, "*batch features"], tokens: int) -> Float[Tensor, "*batch out"]:
-        """Backends see what differs from the means."""
+        """Backends see what differs from the means. A weight that does not learn is its codes here too, packed or not:
+        when it is packed must not show."""
         rows = torch.atleast_2d(input)
         tokens = max(min(tokens, rows.shape[-2]), 1)  # of fewer tokens one mean, without padding
         means, rest = split_means(rows, tokens)
-        exact = ExactProduct.apply(means, self.weight, self.codes)
+        codes = self.codes
+        if codes is None and not self.weight.requires_grad and self.recipe.weights is not None:
+            codes = quantise(self.weight, self.recipe.weights, tiles=self.recipe.weight_tiles)
+        exact = ExactProduct.apply(means, self.weight, codes)
         return add_means(self._quantised(rest), exact, tokens).view(*input.shape[:-1], self.out_features)
 
     def _quantised(self, input: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch out"]:
@@ -175,8 +179,8 @@ class NVFP4Linear(nn.Linear):
         return self.rule is not None
 
     def materialize(self) -> None:
-        """Replace a frozen master weight by its codes, also where it was multiplied in high precision, by means. Called
-        again, it does nothing. On meta the codes have no memory either; `pack` fills them.
+        """Replace a frozen master weight by its codes. Called again, it does nothing. On meta the codes have no memory
+        either; `pack` fills them.
 
         Raises:
             ValueError: if the weight learns, is sharded, or stays in high precision by the recipe.

@@ -178,7 +178,7 @@ def test_a_copy_draws_by_the_same_clock_with_weights_of_its_own():
 
 def test_lora_wraps_it_and_trains_its_matrices_alone():
     network = nn.Sequential()
-    network.add_module("q", nvfp4(linear(), WHOLE))
+    network.add_module("q", nvfp4(linear()))
     adapted = peft.get_peft_model(network, peft.LoraConfig(r=4, target_modules=["q"], init_lora_weights=False))
     base = adapted.base_model.model.q.base_layer
     assert isinstance(base, NVFP4Linear)
@@ -278,7 +278,7 @@ def test_at_the_end_of_training_forward_is_exact_and_the_rest_stays(packed):
 
 @pytest.mark.parametrize("tiles", [True, False])
 def test_a_packed_layer_is_the_frozen_one_at_a_quarter_of_the_bytes(tiles):
-    layer = nvfp4(linear(256, 512).requires_grad_(False), NVFP4Recipe(weight_tiles=tiles, mean_tokens=None))
+    layer = nvfp4(linear(256, 512).requires_grad_(False), NVFP4Recipe(weight_tiles=tiles))
     x = gaussian(40, 256).requires_grad_()
     before = layer(x)
     (expected,) = torch.autograd.grad(before.sum(), x)

@@ -195,8 +195,7 @@ def test_a_backend_that_cannot_run_here_is_refused_before_any_work(monkeypatch):
 
 
 def test_frozen_weights_are_packed_for_rollouts_and_answer_alike():
-    precision = NVFP4Precision(recipe=NVFP4Recipe(mean_tokens=None))
-    network = CausalWan(MODEL).requires_grad_(False)
+    precision, network = NVFP4Precision(), CausalWan(MODEL).requires_grad_(False)
     network.init_weights(0)
     precision.convert_module(network)
     layer, x = network.blocks[0].ffn[0], torch.randn(32, 64)
