@@ -90,7 +90,7 @@ def test_a_layer_that_is_sharded_already_is_refused(make_plugin):
 def test_an_adapter_on_top_learns_and_the_wrapped_layer_below_does_not(make_plugin):
     """peft wraps subclasses of nn.Linear; attached after the conversion, it must multiply by the wrapped layer."""
     plugin, x = make_plugin(), torch.randn(2, 16, 32)
-    ours = plugin.convert_module(network())
+    ours = plugin.convert_module(network().requires_grad_(False))
     ours.init_weights(0)
     layer = ours.blocks[0].self_attn.q
     with plugin.forward_context():
