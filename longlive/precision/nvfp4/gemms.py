@@ -28,11 +28,10 @@ from torch.nn import functional as F
 from longlive.precision.nvfp4.format import (
     BLOCK,
     QuantisedTensor,
-    hadamard,
     max_magnitude,
     quantise,
-    rotation_matrix,
 )
+from longlive.precision.nvfp4.hadamard import hadamard, rotation_matrix
 from longlive.precision.nvfp4.recipe import PADDED_TO, NVFP4Recipe, StepClock
 from longlive.typing import Float, Tensor
 

@@ -7,20 +7,18 @@ import torch
 from torch import Tensor
 from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
 
-from longlive.precision.nvfp4 import format as nvfp4
 from longlive.precision.nvfp4.format import (
     LIMITS,
     RULES,
     QuantisedTensor,
     decode,
-    hadamard,
     max_magnitude,
     over_tiles,
     quantise,
-    rotation_matrix,
     sum_in_order,
     unpack,
 )
+from longlive.precision.nvfp4.hadamard import hadamard
 
 ELEMENTS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
@@ -326,28 +324,6 @@ def test_stochastic_rounding_of_random_draws_is_unbiased() -> None:
     z = ((draws.mean(0) - x[0]) / (draws.std(0) / 16 + 2e-3))[inside]
     assert float(z.abs().max()) < 5.0
     assert float(z.square().mean()) < 1.5
-
-
-def test_the_hadamard_transform_is_orthogonal() -> None:
-    R = rotation_matrix()
-    assert torch.equal(R @ R.mT, torch.eye(16))
-    assert torch.equal(R[:, 0] * 4, torch.tensor(nvfp4.SIGNS, dtype=torch.float32))
-    assert set(R.abs().flatten().tolist()) == {0.25}
-
-
-def test_the_hadamard_transform_is_the_matrix_product_of_each_group() -> None:
-    x = numbers("normal", (5, 48)).bfloat16()
-    expected = torch.cat([x[:, i : i + 16].double() @ rotation_matrix().double() for i in (0, 16, 32)], dim=-1)
-    result = hadamard(x.float())
-    assert result.dtype == torch.bfloat16
-    torch.testing.assert_close(result.double(), expected, rtol=2**-8, atol=0)
-
-
-def test_the_hadamard_transform_of_both_operands_cancels() -> None:
-    a, b = numbers("normal", (32, 64)), numbers("normal", (48, 64), seed=1)
-    difference = hadamard(a).double() @ hadamard(b).double().mT - a.double() @ b.double().mT
-    assert difference.square().mean().sqrt() < 8 * 2**-8  # three bfloat16 roundings of sums over 64 numbers
-    assert (hadamard(a).double() @ b.double().mT - a.double() @ b.double().mT).square().mean().sqrt() > 1
 
 
 def test_autocast_changes_no_bit() -> None:

@@ -8,8 +8,9 @@ import torch
 
 from longlive.precision.nvfp4 import gemms
 from longlive.precision.nvfp4.backends.emulated import EmulatedBackend
-from longlive.precision.nvfp4.format import hadamard, quantise, rotation_matrix
+from longlive.precision.nvfp4.format import quantise
 from longlive.precision.nvfp4.gemms import LinearPlan, quantised_linear
+from longlive.precision.nvfp4.hadamard import hadamard, rotation_matrix
 from longlive.precision.nvfp4.recipe import NVFP4Recipe, StepClock
 
 HIGH = NVFP4Recipe(None, None, None)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from longlive.precision.nvfp4 import format as nvfp4
-from longlive.precision.nvfp4.format import RULES, QuantisedTensor, hadamard, max_magnitude, quantise
+from longlive.precision.nvfp4.format import RULES, QuantisedTensor, max_magnitude, quantise
+from longlive.precision.nvfp4.hadamard import hadamard
 from longlive.precision.nvfp4.recipe import as_int32, hashed_bits
 
 kernels = pytest.importorskip("longlive.precision.nvfp4.kernels", reason="Triton is not installed")
