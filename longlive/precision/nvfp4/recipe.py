@@ -59,7 +59,8 @@ class NVFP4Recipe:
             gradients are in high precision, for that share of the multiplications, and are kept for backward in X's
             dtype. What tokens have in common, a good part of their energy, then does not widen their scales. How many
             share a mean matters little (recipes/benchmarks.md); a divisor of a chunk's tokens, such as a frame's (880
-            of the 5B model at 704 x 1280), gives every split over ranks the same means. None: X is quantised as it is.
+            of the 5B model at 704 x 1280), gives every split over ranks the same means. None, or if X is not quantised:
+            no means.
         reduce_amax: whether amax of activations and gradients is the largest over the sequence group, so that N ranks
             compute what one does, for two small reductions per layer. Without it each rank scales by its own.
 
