@@ -18,6 +18,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
@@ -79,6 +80,7 @@ class NVFP4Precision(LinearPrecision):
         """Chosen when there are layers, for they say whether weights learn."""
         self.clock = StepClock(seed)
         self._trainer: Trainer | None = None
+        self._means_are_checked = False
 
     @property
     def backend_name(self) -> str:
@@ -157,7 +159,23 @@ class NVFP4Precision(LinearPrecision):
         self.clock.advance(step)
 
     def place_tokens(self, positions: Int[Tensor, "b l"]) -> None:
+        if self.recipe.reduce_amax and self.clock.reduce is not None and not self._means_are_checked:
+            self._check_means(positions)
+            self._means_are_checked = True
         self.clock.place_tokens(positions.flatten())
+
+    def _check_means(self, positions: Int[Tensor, "b l"]) -> None:
+        """Ranks that share amax are to compute what one process does: say so, if their means are of other tokens."""
+        tokens, piece = self.recipe.mean_tokens, piece_tokens(positions[0])
+        if tokens is not None and self.recipe.activations is not None and piece % tokens:
+            log.warning(
+                "precision nvfp4: with reduce_amax=true ranks are to compute what one process does, but mean_tokens=%d "
+                "does not divide the %d tokens of a piece that one rank holds, so their means are others; set "
+                "precision.recipe.mean_tokens to %d or a divisor of it",
+                tokens,
+                piece,
+                piece,
+            )
 
     def _backend_of(self, layers: Sequence[nn.Module]) -> Backend:
         if self.backend is None:
@@ -169,3 +187,14 @@ class NVFP4Precision(LinearPrecision):
             return choose_backend(self.asked_for, self.recipe, trains=trains)
         except RuntimeError as error:  # a setting that this machine cannot have
             raise ValueError(str(error)) from error
+
+
+def piece_tokens(positions: Int[Tensor, " l"]) -> int:
+    """Tokens that are consecutive and begin at a multiple of their number, here and in the whole clip, on every rank
+    that holds such pieces of it: as many share a mean, whoever computes it.
+
+    Args:
+        positions: of this rank's tokens among all of the clip's.
+    """
+    begins = torch.nonzero(positions.diff() != 1).flatten() + 1
+    return math.gcd(len(positions), int(positions[0]), *begins.tolist(), *positions[begins].tolist())

@@ -32,7 +32,7 @@ from longlive.parallel.fsdp import ShardingOptions
 from longlive.parallel.materialise import materialise
 from longlive.parallel.strategy import BalancedSPStrategy, ShardedStrategy
 from longlive.precision.nvfp4.linear import NVFP4Linear
-from longlive.precision.nvfp4.plugin import NVFP4Precision
+from longlive.precision.nvfp4.plugin import NVFP4Precision, piece_tokens
 from longlive.precision.nvfp4.recipe import NVFP4Recipe
 
 MODEL = WanConfig.tiny(num_layers=1, dim=64, ffn_dim=64, num_heads=4)
@@ -233,3 +233,35 @@ def test_ranks_that_share_a_clip_compute_what_one_rank_does_if_they_share_amax(w
         torch.testing.assert_close(losses(num_ranks, True), alone, rtol=1e-5, atol=0)
     by_rank = (losses(2, False) / alone - 1).abs()
     assert 1e-4 < float(by_rank.max()) < 0.02, "each rank scales by its own amax and means: nearly the same"
+
+
+def test_tokens_that_share_a_mean_on_every_rank_are_read_from_their_numbers():
+    chunk = torch.arange(12)
+    assert piece_tokens(torch.cat((chunk, 12 + chunk))) == 24, "consecutive chunks are one piece"
+    assert piece_tokens(torch.cat((chunk, 36 + chunk))) == 12, "a clean chunk and a noisy one"
+    assert piece_tokens(torch.cat((48 + chunk, 24 + chunk))) == 12
+    assert piece_tokens(torch.arange(8, 16)) == 8, "a rank's share of a chunk"
+    assert piece_tokens(torch.arange(6, 18)) == 6, "twelve tokens that begin in the middle of another twelve"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (NVFP4Recipe(reduce_amax=True), "mean_tokens=880 does not divide the 12 tokens"),
+        (NVFP4Recipe(reduce_amax=True, mean_tokens=8), "mean_tokens=8 does not divide the 12 tokens"),
+        (NVFP4Recipe(reduce_amax=True, mean_tokens=4), None),
+        (NVFP4Recipe(reduce_amax=True, mean_tokens=None), None),
+        (NVFP4Recipe(reduce_amax=True, activations=None), None),
+        (NVFP4Recipe(), None),
+    ],
+)
+def test_ranks_that_share_amax_and_not_means_are_told_once(recipe, says, caplog):
+    precision = NVFP4Precision(recipe=recipe)
+    precision.place_tokens(torch.arange(24)[None])
+    assert not caplog.messages, "a process alone has nobody to differ from"
+    precision.clock.reduce = lambda values: values
+    held = torch.cat((torch.arange(12), 36 + torch.arange(12)))
+    for sample in range(2):
+        precision.place_tokens((held + 48 * sample)[None])
+    assert len(caplog.messages) == (says is not None)
+    assert says is None or says in caplog.text
