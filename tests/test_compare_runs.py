@@ -50,6 +50,13 @@ def test_losses_are_of_the_last_steps(pairs: tuple[list[Path], list[Path]]) -> N
     assert last_losses(pairs[1][0], [10, 20, 100]) == pytest.approx([1.0, 1.5, 5.5])
 
 
+def test_steps_after_the_last_log_are_no_reason_to_wait(pairs: tuple[list[Path], list[Path]]) -> None:
+    config = OmegaConf.load(pairs[1][0] / "config.yaml")
+    config.trainer.max_steps = STEPS + INTERVAL - 1
+    OmegaConf.save(config, pairs[1][0] / "config.yaml")
+    assert last_losses(pairs[1][0], [20]) == pytest.approx([1.5])
+
+
 def test_ratios_and_differences_are_pair_by_pair(pairs: tuple[list[Path], list[Path]]) -> None:
     found = compare(*pairs, [10, 20], "videos")
     assert found["ratios"] == [pytest.approx([1.1, 1.1]), pytest.approx([0.95, 0.95])]
@@ -57,7 +64,7 @@ def test_ratios_and_differences_are_pair_by_pair(pairs: tuple[list[Path], list[P
     assert found["settings"] == ["precision.kind"]
     lines = table(pairs[0], [10, 20], found).splitlines()
     assert lines[0] == "| run | last 10 | last 20 | colour | shape | direction | ground |"
-    assert lines[2] == "| nvfp4_0 | 1.100 | 1.100 | +0.000 | -0.100 | +0.000 | +0.000 |"
+    assert lines[2] == f"| {pairs[0][0]} | 1.100 | 1.100 | +0.000 | -0.100 | +0.000 | +0.000 |"
     assert lines[4] == "| mean | 1.0250 | 1.0250 | +0.0000 | -0.0500 | +0.0000 | +0.0000 |"
     assert lines[5].startswith("| standard deviation | 0.1061 | 0.1061 | 0.0000 | 0.0707 |")
     assert lines[6].startswith("| standard error | 0.0750 | 0.0750 | 0.0000 | 0.0500 |")
@@ -66,7 +73,7 @@ def test_ratios_and_differences_are_pair_by_pair(pairs: tuple[list[Path], list[P
 def test_one_pair_without_videos_is_a_line(pairs: tuple[list[Path], list[Path]], tmp_path: Path) -> None:
     run = write_run(tmp_path / "other", [2.0] * 10)
     found = compare([run], pairs[1][:1], [100], "videos")
-    assert table([run], [100], found).splitlines() == ["| run | last 100 |", "|---|---|", "| other | 0.364 |"]
+    assert table([run], [100], found).splitlines() == ["| run | last 100 |", "|---|---|", f"| {run} | 0.364 |"]
 
 
 def test_what_is_no_pair_is_refused(pairs: tuple[list[Path], list[Path]], tmp_path: Path) -> None:
@@ -78,6 +85,8 @@ def test_what_is_no_pair_is_refused(pairs: tuple[list[Path], list[Path]], tmp_pa
     with pytest.raises(ValueError, match="logged 80 of 100 steps"):
         compare([write_run(tmp_path / "cut", [1.0] * 8)], against[:1], [10], "videos")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="bf16_0 has no student/loss"):
+        compare(against[:1], against[:1], [10], "videos", "student/loss")
     with pytest.raises(FileNotFoundError, match="no train/loss"):
         compare([tmp_path / "empty"], against[:1], [10], "videos")
 
@@ -89,7 +98,7 @@ def test_the_command_prints_the_table_and_the_settings(
     monkeypatch.setattr("sys.argv", [str(argument) for argument in arguments])
     compare_runs.main()
     printed = capsys.readouterr().out
-    assert "| nvfp4_1 | 0.950 |" in printed
+    assert f"| {pairs[0][1]} | 0.950 |" in printed
     assert printed.splitlines()[-1] == "settings that differ within pairs: precision.kind"
     monkeypatch.setattr("sys.argv", [str(argument) for argument in [*arguments, "15"]])
     with pytest.raises(SystemExit, match="compare_runs: --last 15"):

@@ -34,26 +34,26 @@ PLACES = {"name", "directory", "shared_directory", "hydra"}
 """Settings that say what a run is called and where it lies, not what it does."""
 
 
-def last_losses(run: Path, lasts: Sequence[int]) -> list[float]:
+def last_losses(run: Path, lasts: Sequence[int], curve_name: str = LOSS) -> list[float]:
     """Mean loss of the last steps of a run, for every number of them.
 
     Raises:
         FileNotFoundError: if the run logged no loss.
         ValueError: if it has not ended, or what it logged does not tell these steps from those before.
     """
-    curve = read_curves(run).get(LOSS, {})
+    curve = read_curves(run).get(curve_name, {})
     if not curve:
-        raise FileNotFoundError(f"{run} has no {LOSS} in its event files: is it the directory of a training?")
-    config = settings_of(run)
+        raise FileNotFoundError(f"{run} has no {curve_name} in its event files: is it the directory of a training?")
+    config, logged = settings_of(run), max(curve) + 1
     total, interval = config["trainer.max_steps"], config["trainer.log_every_n_steps"]
-    if max(curve) != total - 1:
-        raise ValueError(f"{run} has logged {max(curve) + 1} of {total} steps; let it end first")
+    if logged < total - total % interval:
+        raise ValueError(f"{run} has logged {logged} of {total} steps; let it end first")
     for last in lasts:
-        if last % interval or not 0 < last <= total:
+        if last % interval or not 0 < last <= logged:
             raise ValueError(
-                f"--last {last}: {run} logs means of {interval} steps and has {total}; use a multiple of {interval}"
+                f"--last {last}: {run} logs means of {interval} steps, {logged} in all; use a multiple of {interval}"
             )
-    return [mean(value for step, value in curve.items() if step >= total - last) for last in lasts]
+    return [mean(value for step, value in curve.items() if step >= logged - last) for last in lasts]
 
 
 def settings_of(run: Path) -> dict[str, Any]:
@@ -79,7 +79,9 @@ def measured(run: Path, videos: str) -> list[float] | None:
     return [metrics[attribute] for attribute in ATTRIBUTES] if set(ATTRIBUTES) <= set(metrics) else None
 
 
-def compare(runs: Sequence[Path], against: Sequence[Path], lasts: Sequence[int], videos: str) -> dict[str, Any]:
+def compare(
+    runs: Sequence[Path], against: Sequence[Path], lasts: Sequence[int], videos: str, curve_name: str = LOSS
+) -> dict[str, Any]:
     """Both in the same order.
 
     Returns:
@@ -96,8 +98,8 @@ def compare(runs: Sequence[Path], against: Sequence[Path], lasts: Sequence[int],
     differences: list[list[float] | None] = []
     settings: set[str] = set()
     for run, other in zip(runs, against, strict=True):
-        pairs = zip(last_losses(run, lasts), last_losses(other, lasts), strict=True)
-        ratios.append([loss / reference for loss, reference in pairs])
+        own_losses, other_losses = (last_losses(each, lasts, curve_name) for each in (run, other))
+        ratios.append([loss / reference for loss, reference in zip(own_losses, other_losses, strict=True)])
         found, reference = measured(run, videos), measured(other, videos)
         differences.append([a - b for a, b in zip(found, reference, strict=True)] if found and reference else None)
         own, others = settings_of(run), settings_of(other)
@@ -112,7 +114,7 @@ def table(runs: Sequence[Path], lasts: Sequence[int], found: Mapping[str, Any]) 
     lines.append("|" + "---|" * (1 + len(lasts) + len(attributes)))
     for run, ratios, differences in zip(runs, found["ratios"], found["differences"], strict=True):
         cells = [f"{value:+.3f}" for value in differences] if differences else [""] * len(attributes)
-        lines.append(_line([run.name, *(f"{ratio:.3f}" for ratio in ratios), *cells]))
+        lines.append(_line([str(run), *(f"{ratio:.3f}" for ratio in ratios), *cells]))
     columns = list(zip(*found["ratios"], strict=True))
     complete = [each for each in found["differences"] if each]
     columns += list(zip(*complete, strict=True)) if complete else []
@@ -134,6 +136,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("runs", type=Path, nargs="+", help="directories of runs that have ended")
     parser.add_argument("--against", type=Path, nargs="+", required=True, help="as many, in the same order")
     parser.add_argument("--last", type=int, nargs="+", default=[50, 100, 300], help="steps at the end of a run")
+    parser.add_argument("--curve", default=LOSS, help="which loss, as TensorBoard names it")
     parser.add_argument("--videos", default="videos", help="folder in every run")
     return parser
 
@@ -141,7 +144,7 @@ def command_line() -> argparse.ArgumentParser:
 def main() -> None:
     given = command_line().parse_args()
     try:
-        found = compare(given.runs, given.against, given.last, given.videos)
+        found = compare(given.runs, given.against, given.last, given.videos, given.curve)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"compare_runs: {error}")
     print(table(given.runs, given.last, found))
