@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch.utils.tensorboard import SummaryWriter
 
 import compare_runs
-from compare_runs import compare, last_losses, table
+from compare_runs import compare, differing, last_losses, table
 
 STEPS, INTERVAL = 100, 10
 
@@ -68,6 +68,12 @@ def test_ratios_and_differences_are_pair_by_pair(pairs: tuple[list[Path], list[P
     assert lines[4] == "| mean | 1.0250 | 1.0250 | +0.0000 | -0.0500 | +0.0000 | +0.0000 |"
     assert lines[5].startswith("| standard deviation | 0.1061 | 0.1061 | 0.0000 | 0.0707 |")
     assert lines[6].startswith("| standard error | 0.0750 | 0.0750 | 0.0000 | 0.0500 |")
+
+
+def test_of_another_class_only_what_it_is_made_for_is_named() -> None:
+    own = {"precision._target_": "NVFP4", "precision.recipe._target_": "Recipe", "seed": 1, "optimizer.lr": 1e-3}
+    other = {"precision._target_": "Mixed", "precision.dtype": "bf16", "seed": 1, "optimizer.lr": 2e-3}
+    assert differing(own, other) == {"precision", "optimizer.lr"}
 
 
 def test_one_pair_without_videos_is_a_line(pairs: tuple[list[Path], list[Path]], tmp_path: Path) -> None:

@@ -72,6 +72,13 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{name}", value
 
 
+def differing(own: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    """Names of the settings that are not the same; where another class is made, the name of what it is made for."""
+    names = {name for name in {*own, *other} if own.get(name) != other.get(name)}
+    made = {name.removesuffix("._target_") for name in names if name.endswith("._target_")}
+    return {name for name in names | made if not any(name.startswith(f"{each}.") for each in made)}
+
+
 def measured(run: Path, videos: str) -> list[float] | None:
     """Accuracies of a run's videos, in the order of `ATTRIBUTES`; None if they were not measured."""
     file = run / videos / RECORD
@@ -102,8 +109,7 @@ def compare(
         ratios.append([loss / reference for loss, reference in zip(own_losses, other_losses, strict=True)])
         found, reference = measured(run, videos), measured(other, videos)
         differences.append([a - b for a, b in zip(found, reference, strict=True)] if found and reference else None)
-        own, others = settings_of(run), settings_of(other)
-        settings |= {name for name in own | others if own.get(name) != others.get(name)}
+        settings |= differing(settings_of(run), settings_of(other))
     return {"ratios": ratios, "differences": differences, "settings": sorted(settings)}
 
 
