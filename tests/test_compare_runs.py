@@ -68,6 +68,9 @@ def test_ratios_and_differences_are_pair_by_pair(pairs: tuple[list[Path], list[P
     assert lines[4] == "| mean | 1.0250 | 1.0250 | +0.0000 | -0.0500 | +0.0000 | +0.0000 |"
     assert lines[5].startswith("| standard deviation | 0.1061 | 0.1061 | 0.0000 | 0.0707 |")
     assert lines[6].startswith("| standard error | 0.0750 | 0.0750 | 0.0000 | 0.0500 |")
+    found["differences"][1] = None
+    lines = table(pairs[0], [10, 20], found).splitlines()
+    assert lines[5] == "| standard deviation | 0.1061 | 0.1061 |  |  |  |  |", "of one video folder there is no spread"
 
 
 def test_of_another_class_only_what_it_is_made_for_is_named() -> None:

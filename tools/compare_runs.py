@@ -126,10 +126,13 @@ def table(runs: Sequence[Path], lasts: Sequence[int], found: Mapping[str, Any]) 
     columns += list(zip(*complete, strict=True)) if complete else []
     styles = [".4f"] * len(lasts) + ["+.4f"] * len(attributes)
     if len(runs) > 1:
+        spreads = [stdev(each) if len(each) > 1 else None for each in columns]
+        errors = [
+            None if each is None else each / sqrt(len(column)) for each, column in zip(spreads, columns, strict=True)
+        ]
         lines.append(_line(["mean", *(f"{mean(each):{style}}" for each, style in zip(columns, styles, strict=True))]))
-    if len(runs) > 1 and all(len(each) > 1 for each in columns):
-        lines.append(_line(["standard deviation", *(f"{stdev(each):.4f}" for each in columns)]))
-        lines.append(_line(["standard error", *(f"{stdev(each) / sqrt(len(each)):.4f}" for each in columns)]))
+        for name, row in (("standard deviation", spreads), ("standard error", errors)):
+            lines.append(_line([name, *("" if each is None else f"{each:.4f}" for each in row)]))
     return "\n".join(lines)
 
 

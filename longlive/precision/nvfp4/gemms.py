@@ -25,12 +25,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from longlive.precision.nvfp4.format import (
-    BLOCK,
-    QuantisedTensor,
-    max_magnitude,
-    quantise,
-)
+from longlive.precision.nvfp4.format import BLOCK, QuantisedTensor, max_magnitude, quantise
 from longlive.precision.nvfp4.hadamard import hadamard, rotation_matrix
 from longlive.precision.nvfp4.recipe import PADDED_TO, NVFP4Recipe, StepClock
 from longlive.typing import Float, Tensor
